@@ -1,0 +1,240 @@
+"""What a run is: frozen sections, one YAML file a run. Nothing here does I/O; `load_run` in `llm/config_file.py` reads the file.
+
+Lengths are in the unit that the name carries (`_rows` are sequences, `_steps` optimizer updates, `_bytes` bytes, `_frac` a fraction of 1).
+Numbers that follow from others are properties, so they can never disagree with what they follow from.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+BUILTIN = "builtin"  # the uri of the embedded corpus, and the path of the tokenizer trained on it
+
+# With microbatch_rows=auto a microbatch holds at most this many tokens: enough to fill a CPU's or a GPU's matrix units on the
+# small presets, small enough for 8B parameters in 80 GiB with activation checkpointing. `jobs.tune_batch` measures a better one.
+AUTO_MICROBATCH_TOKENS = 8192
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class RunSection(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    storage: str = Field("runs", min_length=1, description="a folder, or s3://bucket/prefix")
+    seed: int = Field(0, ge=0, lt=2**63)
+    if_finished: Literal["stop", "again"] = Field(
+        "stop", description="what the same command does after the run has ended: say so, or train anew as NAME-2, NAME-3, ..."
+    )
+
+
+class S3Section(Section):
+    """Where s3:// is. Credentials never stand here: they come from the environment, a profile or the instance's role."""
+
+    endpoint_url: str | None = Field(None, pattern=r"^https?://", description="None: AWS_ENDPOINT_URL or AWS itself")
+    region: str | None = None
+    connect_timeout_s: float = Field(10, gt=0)
+    request_timeout_s: float = Field(60, gt=0)
+
+
+class ModelSection(Section):
+    preset: str | None = Field(None, description="a name from llm/model/presets.py")
+    path: str | None = Field(None, description="a Hugging Face folder: config.json, with or without weights")
+    config: dict[str, Any] = Field(default_factory=dict, description="keys of the model's own config to override")
+    init: Literal["random", "pretrained"] = "random"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+
+
+class TokenizerSection(Section):
+    path: str = Field(BUILTIN, min_length=1, description="a tokenizer.json, a folder that holds one, or 'builtin'")
+    eos: str | None = Field(None, description="the token that ends a document; None: as the tokenizer's own files say")
+
+
+class SourceSection(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    uri: str = Field(min_length=1, description="a file, folder or glob, local or s3://; or 'builtin'")
+    weight: float | None = Field(None, gt=0, description="share of the stream; None for all sources: by their bytes")
+    text_field: str = "text"
+
+
+class CleanSection(Section):
+    fix_unicode: bool = True
+    strip_control: bool = True
+    normalize_whitespace: bool = True
+    lowercase: bool = False
+    min_chars: int = Field(1, ge=0)
+
+
+class DataSection(Section):
+    seq_len: int = Field(ge=2, description="tokens a row that the model predicts; a row holds seq_len + 1 ids")
+    sources: list[SourceSection] = Field(min_length=1)
+    clean: CleanSection = CleanSection()
+    isolate_documents: bool = Field(False, description="attention and loss stop at document boundaries; positions restart")
+    slice_bytes: int = Field(1 << 20, ge=4096, description="how much of a source one slice reads, at most")
+    window_slices: int = Field(4, ge=1, description="slices that are mixed, packed and shuffled together")
+    windows_ahead: int = Field(2, ge=1, description="windows tokenized at once, ahead of training")
+    max_bad_frac: float = Field(0.01, ge=0, le=1, description="unreadable records above which the run stops, as a fraction")
+
+
+class ParallelSection(Section):
+    workers: int = Field(1, ge=1)
+    tensor: int = Field(1, ge=1, description="workers that share one copy of the model's matrices")
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    offload: Literal["none", "optimizer", "all"] = Field("none", description="ZeRO offload to CPU memory; all: weights too")
+
+    @property
+    def data_size(self) -> int:
+        return _exact_div(self.workers, self.tensor)
+
+
+class TrainSection(Section):
+    steps: int = Field(ge=1)
+    batch_rows: int = Field(ge=1, description="sequences a step, over all data ranks")
+    microbatch_rows: int | Literal["auto"] = Field("auto", description="sequences a forward pass on one data rank")
+    optimizer: Literal["adamw", "sgd", "muon"] = "adamw"
+    lr: float = Field(gt=0)
+    min_lr_frac: float = Field(0.1, ge=0, le=1, description="the last step's learning rate, as a fraction of lr")
+    schedule: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
+    warmup_steps: int = Field(0, ge=0)
+    decay_frac: float = Field(0.2, gt=0, le=1, description="wsd: the fraction of the steps in which the rate decays")
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd only")
+    weight_decay: float = Field(0.1, ge=0, description="on matrices; never on norms, biases")
+    grad_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    activation_checkpointing: bool = False
+    compile: bool = Field(False, description="torch.compile; needs a GPU")
+
+
+class CheckpointSection(Section):
+    every_steps: int = Field(0, ge=0, description="0: only after the last step")
+    keep: int = Field(3, ge=1)
+
+
+class EvalSection(Section):
+    every_steps: int = Field(0, ge=0, description="0: before the first and after the last step only")
+    rows: int = Field(64, ge=0, description="held-out sequences; 0: no evaluation, nothing held out")
+
+
+class ExportSection(Section):
+    enabled: bool = True
+    sample_prompt: str = "The "
+    sample_tokens: int = Field(64, ge=0, le=4096)
+
+
+class LogSection(Section):
+    every_steps: int = Field(1, ge=1, description="steps between two progress lines; metrics.jsonl has every step")
+    tensorboard: bool = True
+    mlflow_uri: str | None = None
+    wandb_project: str | None = None
+
+
+class RunConfig(Section):
+    run: RunSection
+    model: ModelSection
+    tokenizer: TokenizerSection = TokenizerSection()
+    data: DataSection
+    parallel: ParallelSection = ParallelSection()
+    train: TrainSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    eval: EvalSection = EvalSection()
+    export: ExportSection = ExportSection()
+    log: LogSection = LogSection()
+    s3: S3Section = S3Section()
+
+    @property
+    def rank_rows(self) -> int:
+        """Sequences that one data rank sees in one step."""
+        return _exact_div(self.train.batch_rows, self.parallel.data_size)
+
+    @property
+    def microbatch_rows(self) -> int:
+        """Sequences in one forward pass; with `auto`, the most that divide `rank_rows` and stay under AUTO_MICROBATCH_TOKENS.
+
+        Example: batch_rows=32, data_size=2, seq_len=2048 -> rank_rows=16, 8192 // 2048 = 4 rows, 4 microbatches a step.
+        """
+        if self.train.microbatch_rows != "auto":
+            return self.train.microbatch_rows
+        at_most = max(1, AUTO_MICROBATCH_TOKENS // self.data.seq_len)
+        return max(n for n in range(1, min(at_most, self.rank_rows) + 1) if self.rank_rows % n == 0)
+
+    @property
+    def microbatches_per_step(self) -> int:
+        return _exact_div(self.rank_rows, self.microbatch_rows)
+
+
+def cross_checks(config: RunConfig) -> list[tuple[str, str]]:
+    """Every rule that ties several keys together and is broken: (the key to change, what is wrong with the nearest fix)."""
+    found: list[tuple[str, str]] = []
+    parallel, train, model = config.parallel, config.train, config.model
+    if parallel.workers % parallel.tensor:
+        near = _nearest_multiples(parallel.workers, parallel.tensor)
+        found.append(
+            (
+                "parallel.workers",
+                f"parallel.workers={parallel.workers} cannot be split into tensor groups of {parallel.tensor}. "
+                f"Nearest legal values: {near}",
+            )
+        )
+    else:
+        found += _batch_problems(config)
+    if (model.preset is None) == (model.path is None):
+        found.append(("model.preset", "give exactly one of model.preset and model.path"))
+    if model.init == "pretrained" and model.path is None:
+        found.append(("model.init", "model.init=pretrained needs model.path, a folder with weights. Or set model.init=random"))
+    if train.warmup_steps >= train.steps and train.warmup_steps:
+        found.append(
+            (
+                "train.warmup_steps",
+                f"train.warmup_steps={train.warmup_steps} must be under train.steps={train.steps}. "
+                f"Nearest legal value: {train.steps - 1}",
+            )
+        )
+    if parallel.offload != "none" and parallel.zero_stage == 0:
+        found.append(("parallel.offload", "ZeRO offload needs parallel.zero_stage of 1, 2 or 3. Nearest legal value: 1"))
+    if parallel.offload == "all" and parallel.zero_stage in (1, 2):
+        found.append(
+            (
+                "parallel.offload",
+                f"parallel.offload=all moves weights too, which needs parallel.zero_stage=3, not {parallel.zero_stage}. "
+                "Nearest legal value: optimizer",
+            )
+        )
+    names = [source.name for source in config.data.sources]
+    for name in sorted({n for n in names if names.count(n) > 1}):
+        found.append(("data.sources", f"two sources are named {name!r}; names must differ"))
+    if len({source.weight is None for source in config.data.sources}) > 1:
+        found.append(("data.sources", "some sources have a weight and some have none: give all of them one, or none"))
+    return found
+
+
+def _batch_problems(config: RunConfig) -> list[tuple[str, str]]:
+    train, data_size = config.train, config.parallel.data_size
+    rows = 1 if train.microbatch_rows == "auto" else train.microbatch_rows
+    if rows < 1:
+        return [("train.microbatch_rows", f"train.microbatch_rows={rows} must be at least 1, or auto")]
+    unit = data_size * rows
+    if train.batch_rows % unit == 0:
+        return []
+    hint = "" if rows == 1 else ". Or set train.microbatch_rows=auto"
+    return [
+        (
+            "train.batch_rows",
+            f"train.batch_rows={train.batch_rows} cannot be split over {data_size} data ranks x {rows} rows per microbatch "
+            f"(={unit}). Nearest legal values: {_nearest_multiples(train.batch_rows, unit)}{hint}",
+        )
+    ]
+
+
+def _nearest_multiples(value: int, unit: int) -> str:
+    below = value // unit * unit
+    return ", ".join(str(n) for n in (below, below + unit, below + 2 * unit) if n > 0)
+
+
+def _exact_div(total: int, part: int) -> int:
+    quotient, rest = divmod(total, part)
+    assert rest == 0, f"{total} is not a multiple of {part}: cross_checks() was not asked"
+    return quotient

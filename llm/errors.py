@@ -1,0 +1,39 @@
+"""Errors that a user can act on. Each says what is wrong, the rule, and the nearest fix; a job prints only the message."""
+
+from __future__ import annotations
+
+
+class HeadraceError(Exception):
+    """Base of every error meant for users. Positional arguments only, so that it survives pickling between processes."""
+
+    exit_code = 2
+
+
+class ConfigError(HeadraceError):
+    """The configuration is impossible: every problem found, one a line."""
+
+
+class DataError(HeadraceError):
+    """A source, record or corpus that cannot be used."""
+
+
+class TokenizerError(HeadraceError):
+    """A tokenizer file that cannot be loaded or does not fit the model."""
+
+
+class ModelError(HeadraceError):
+    """A model that cannot be built, loaded or split."""
+
+
+class CheckpointError(HeadraceError):
+    """A checkpoint that is missing, damaged or does not fit this run."""
+
+
+class StorageError(HeadraceError):
+    """A folder or bucket that cannot be listed, read or written."""
+
+
+class TrainingError(HeadraceError):
+    """Training cannot go on: a non-finite loss, ranks that disagree, data that ran out."""
+
+    exit_code = 1
