@@ -1,0 +1,95 @@
+"""Reaching Ray: the cluster of `RAY_ADDRESS` (set inside a submitted job), or a private one on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from cluster.errors import ClusterError
+
+# Reserved for blocks of token ids, not for the model: plenty for a laptop.
+LOCAL_OBJECT_STORE_BYTES = 512 << 20
+
+# A private cluster lives as long as its run, so what guards long-lived ones is left off: it costs processes at start-up.
+_LOCAL_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_enable_autoscaler_v2": "0",
+}
+
+
+@contextmanager
+def connected(logical_cpus: int) -> Iterator[None]:
+    """Connects to the cluster that `RAY_ADDRESS` names, or starts one on this machine with `logical_cpus` and ends it afterwards.
+
+    Logical CPUs follow the plan, not the cores: 4 workers on a 2-core laptop are 4 logical CPUs, and their threads share the cores.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        _connect(os.environ["RAY_ADDRESS"])
+    else:
+        _start_local(logical_cpus)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def cluster_gpus() -> float:
+    """GPUs of the connected cluster; of this machine before a private one is started."""
+    if ray.is_initialized():
+        return ray.cluster_resources().get("GPU", 0.0)
+    return _local_gpus()
+
+
+def require_cpus(needed: int) -> None:
+    """Refuses a plan that would wait for ever."""
+    have = ray.cluster_resources().get("CPU", 0.0)
+    if have < needed:
+        raise ClusterError(
+            f"the run needs {needed} logical CPUs (its workers and its data tasks), and the cluster has {have:g}. "
+            f"Start the cluster with --num-cpus={needed} or more nodes, or lower parallel.workers or data.windows_ahead."
+        )
+
+
+def _connect(address: str) -> None:
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:  # Ray raises many kinds here
+        text = str(error)
+        if "token" in text.lower() or "auth" in text.lower():
+            raise ClusterError(
+                f"the cluster at {address} refuses this client's token. Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or "
+                "RAY_AUTH_TOKEN_PATH) to the cluster's token."
+            ) from None
+        first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+        raise ClusterError(f"cannot connect to the cluster at {address}: {first}") from None
+
+
+def _start_local(logical_cpus: int) -> None:
+    for name, value in _LOCAL_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    if "RAY_AUTH_MODE" not in os.environ:
+        # A token of this run's own, handed to the processes by environment: Ray would write one into the home directory.
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    ray.init(
+        address="local",
+        num_cpus=logical_cpus,
+        object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+
+
+def _local_gpus() -> float:
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0.0
+    return float(sum(line.startswith("GPU ") for line in done.stdout.splitlines()))

@@ -1,0 +1,9 @@
+"""Errors about the cluster that a user can act on; a job prints only the message."""
+
+from __future__ import annotations
+
+
+class ClusterError(Exception):
+    """What is wrong with the cluster, the values, and the nearest fix."""
+
+    exit_code = 3

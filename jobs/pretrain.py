@@ -1,0 +1,96 @@
+"""`python -m jobs.pretrain --config FILE [--set a.b=c ...]`: raw text to a trained, exported model."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from llm.config import RunConfig
+from llm.config_file import dump_run, load_run
+from llm.errors import HeadraceError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0 when the run ended, 130 after Ctrl-C, else the error's, whose text is on stderr."""
+    started_at_s = time.time()
+    parser = argparse.ArgumentParser(prog="headrace pretrain", description="Train a language model from raw text.")
+    parser.add_argument("--config", required=True, metavar="FILE", help="the run, in YAML")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key: train.lr=1e-3")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    options = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        config = load_run(options.config, options.set)
+        if options.print_config:
+            print(dump_run(config), end="")
+            return 0
+        pretrain(config, started_at_s)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return code
+    return 0
+
+
+def pretrain(config: RunConfig, started_at_s: float) -> None:
+    """One run on the cluster of RAY_ADDRESS, or on a private one on this machine."""
+    from llm.observe.progress import ProgressLine
+    from llm.observe.quiet import redirect_noise
+    from llm.observe.watch import RunWatcher
+    from llm.train.prepare import prepare
+    from llm.train.runs import claim_run, run_uri, write_config
+
+    config, finished = claim_run(config)
+    if finished:
+        print(finished)
+        return
+    uri = run_uri(config)
+    with ProgressLine(config.train.steps, every_steps=config.log.every_steps) as progress:
+        with progress.phase("reading the corpus and the tokenizer"):
+            prepared = prepare(config, uri, started_at_s)
+            write_config(config)
+        watcher = RunWatcher(uri, config.s3, config.log, config.model_dump(), progress)
+        with redirect_noise(watcher.folder / "logs" / "driver.log"), tempfile.TemporaryDirectory() as ray_folder:
+            try:
+                _train(prepared, watcher, Path(ray_folder))
+            except BaseException:
+                watcher.abandon()
+                raise
+        watcher.finish()
+
+
+def _train(prepared, watcher, ray_folder: Path) -> None:
+    from cluster.connect import cluster_gpus, connected, require_cpus
+    from cluster.workers import plan_workers
+    from llm.train.launch import WorkerResources, fit
+
+    config: RunConfig = prepared.job.config
+    parallel = config.parallel
+    plan = plan_workers(parallel.workers, parallel.tensor, config.data.windows_ahead, cluster_gpus=cluster_gpus())
+    with watcher.progress.phase("connecting to Ray"):
+        cluster = connected(plan.total_cpus)
+        cluster.__enter__()
+    try:
+        require_cpus(plan.total_cpus)
+        watcher.progress.waiting("starting the workers")
+        resources = WorkerResources(plan.cpus_per_worker, plan.gpus_per_worker)
+        fit(prepared.job, prepared.recipe, resources, str(ray_folder), watcher.poll)
+    finally:
+        cluster.__exit__(None, None, None)
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,283 @@
+"""The only reader of a run's YAML file, and its writer: defaults <- file <- `--set`; every problem in one error.
+
+YAML is read by the 1.2 rules where PyYAML's 1.1 surprises: 3e-4 is a number; `no`, 12:30 and 2026-01-31 are text (a key
+that takes true or false still takes yes, no, on, off); 010 is not octal. A key given twice is an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llm.config import RunConfig
+from llm.config_fields import shown
+from llm.config_problems import KeyPath, Problem, checked, dotted
+from llm.errors import ConfigError
+
+SET_FORM = "write --set section.key=value, for example --set train.lr=3e-4 or --set data.sources.0.weight=0.5"
+
+# Keys that a resumed run may change, with all keys below them, and still be the same run. All others make another run,
+# and so does every key that is new. Layout and microbatch may change because the same rows then make up each step and
+# the loss agrees within the stated tolerance. train.steps may grow, not shrink: the run goes on under a schedule that
+# spans the new length, so the learning rate jumps unless the schedule is constant, or wsd whose decay had not begun.
+MAY_CHANGE = (
+    "run.name",
+    "run.storage",
+    "run.if_finished",
+    "data.windows_ahead",
+    "data.max_bad_frac",
+    "parallel",
+    "train.microbatch_rows",
+    "train.activation_checkpointing",
+    "train.compile",
+    "checkpoint",
+    "eval.every_steps",
+    "export",
+    "log",
+    "s3",
+)
+ABSENT = "(absent)"
+
+
+def load_run(path: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that the file describes, with `overrides` ("train.steps=400") laid over it.
+
+    An override replaces the whole value at its key: a section given as a map loses its other keys. Raises ConfigError:
+    at once where the file cannot be read as a YAML mapping, else with every problem of file and overrides, one a line.
+    """
+    problems: list[Problem] = []
+    raw, lines = _read_mapping(path, problems)
+    set_here: list[KeyPath] = []
+    for override in overrides:
+        _apply(raw, override, set_here, problems)
+    config, found = checked(raw)
+    problems += found
+    if config is None or problems:
+        told = [f"  {problem.text}{_where(problem.path, lines, set_here)}" for problem in problems]
+        count = f"{len(told)} problem{'' if len(told) == 1 else 's'}"
+        raise ConfigError("\n".join([f"{path} has {count}:", *told]))
+    return config
+
+
+def dump_run(config: RunConfig) -> str:
+    """`config` as YAML with every default written out. It loads back equal, and equal runs give equal text."""
+    values = _values(config)
+    values["model"]["config"] = _sorted(values["model"]["config"])
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 30)
+
+
+def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """What makes a run resumed from `old` a different run under `new`: "train.lr: 0.003 -> 0.001", in section order.
+
+    Empty where `new` may go on from a checkpoint of `old`. What may change is listed, with its reasons, at MAY_CHANGE.
+    """
+    before, after = dict(_leaves(_values(old), "")), dict(_leaves(_values(new), ""))
+    found: list[str] = []
+    for key in dict.fromkeys([*before, *after]):
+        was, now = before.get(key, ABSENT), after.get(key, ABSENT)
+        if was == now and type(was) is type(now):
+            continue
+        if any(key == free or key.startswith(free + ".") for free in MAY_CHANGE):
+            continue
+        if key == "train.steps" and new.train.steps >= old.train.steps:
+            continue
+        found.append(f"{key}: {_told(was)} -> {_told(now)}")
+    return found
+
+
+def _values(config: RunConfig) -> dict[str, Any]:
+    """The values of all sections, of their declared types: a default written 10 is 10.0 where it is a number."""
+    return RunConfig.model_validate(config.model_dump()).model_dump()
+
+
+def _told(value: Any) -> str:
+    return ABSENT if value is ABSENT else shown(value)
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Every (dotted key, scalar) below `value`; an empty list or map counts as a scalar."""
+    below = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    if not below or not value:
+        yield key, value
+    else:
+        for name, inner in below:
+            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+
+
+def _sorted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _sorted(value[name]) for name in sorted(value)}
+    return [_sorted(v) for v in value] if isinstance(value, list) else value
+
+
+def _where(path: KeyPath, lines: dict[KeyPath, int], set_here: list[KeyPath]) -> str:
+    if any(path[: len(key)] == key or (key[: len(path)] == path and path not in lines) for key in set_here):
+        return " (from --set)"
+    return f" (line {lines[path]})" if path in lines else ""
+
+
+def _read_mapping(path: str, problems: list[Problem]) -> tuple[dict[Any, Any], dict[KeyPath, int]]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"There is no config file {path}.{_nearest_file(Path(path))}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not a text file in UTF-8: byte {error.start} is not. Save it as UTF-8") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path} cannot be read as a config file: {reason}") from None
+    lines: dict[KeyPath, int] = {}
+    try:
+        value = _parse(text, problems, lines)
+    except _NotYamlError as error:
+        raise ConfigError(f"{path}{error}") from None
+    if value is not None and not isinstance(value, dict):
+        raise ConfigError(f"{path} must be a mapping of sections (run:, model:, data:, ...), not {shown(value)}")
+    return value or {}, lines
+
+
+def _nearest_file(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f" The folder {path.parent} does not exist either"
+    names = [other.name for other in path.parent.iterdir() if other.suffix in (".yaml", ".yml")]
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f" Nearest: {path.parent / close[0]}" if close else ""
+
+
+def _apply(raw: dict[Any, Any], override: str, set_here: list[KeyPath], problems: list[Problem]) -> None:
+    """Lays one "section.key=value" over `raw`, in place; what is wrong with it goes to `problems`."""
+    key, equals, text = override.partition("=")
+    *above, name = key.strip().split(".")
+    if not equals or not all(re.fullmatch(r"\S+", part) for part in (*above, name)):
+        problems.append(Problem(("--set",), f"--set {override!r} is malformed: {SET_FORM}"))
+        return
+    try:
+        value = _parse(text, problems, {})
+        place: Any = raw
+        path: KeyPath = ()
+        for part in above:
+            index = _index(place, path, part)
+            if isinstance(place, dict) and place.get(index) is None:
+                place[index] = {}
+            place, path = place[index], (*path, index)
+        index = _index(place, path, name)
+        place[index] = value
+        set_here.append((*path, index))
+    except _NotYamlError as error:
+        problems.append(
+            Problem(("--set",), f"--set {override!r} has a value that cannot be read{error}. Put it in quotes")
+        )
+    except LookupError as error:
+        problems.append(Problem(("--set",), f"--set {override!r}: {error.args[0]}"))
+
+
+def _index(place: Any, path: KeyPath, name: str) -> Any:
+    """`name` as a key of the mapping or an index into the list `place`; LookupError where it can be neither."""
+    if isinstance(place, dict):
+        return name
+    if not isinstance(place, list):
+        raise LookupError(f"{dotted(path)} is {shown(place)} and holds no key {name}")
+    if name.isascii() and name.isdecimal() and int(name) < len(place):
+        return int(name)
+    legal = f"0 to {len(place) - 1}" if place else "none, it is empty"
+    raise LookupError(f"{dotted(path)} has no entry {name}. Legal values: {legal}")
+
+
+class _NotYamlError(Exception):
+    """Where and why a text is not YAML, to be put behind the name of the text."""
+
+
+def _parse(text: str, problems: list[Problem], lines: dict[KeyPath, int]) -> Any:
+    """The value in `text`. Keys given twice go to `problems`, each key's line to `lines`. Raises _NotYamlError."""
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _note_keys(node, (), problems, lines, {})
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise _NotYamlError(
+            f"{line}: not valid YAML: {', '.join(filter(None, (error.context, error.problem)))}"
+        ) from None
+    except yaml.YAMLError as error:
+        raise _NotYamlError(f": not valid YAML: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise _NotYamlError(": not valid YAML: nested too deeply") from None
+    except ValueError as error:
+        raise _NotYamlError(f": not valid YAML: {error}") from None
+
+
+def _note_keys(
+    node: yaml.Node, path: KeyPath, problems: list[Problem], lines: dict[KeyPath, int], is_open: dict[int, bool]
+) -> None:
+    if id(node) in is_open:  # an alias: noted where its anchor stands
+        if is_open[id(node)]:
+            raise _NotYamlError(f", line {node.start_mark.line + 1}: not valid YAML: an anchor that holds itself")
+        return
+    is_open[id(node)] = True
+    if isinstance(node, yaml.SequenceNode):
+        for i, item in enumerate(node.value):
+            lines[(*path, i)] = item.start_mark.line + 1
+            _note_keys(item, (*path, i), problems, lines, is_open)
+    elif isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if key.tag == "tag:yaml.org,2002:merge" or not isinstance(key, yaml.ScalarNode):
+                continue
+            here, line = (*path, key.value), key.start_mark.line + 1
+            if here in lines:
+                place = f"line {line}" if lines[here] == line else f"lines {lines[here]} and {line}"
+                text = f"{dotted(here)} is given twice, in {place}. Keep one"
+                problems.append(Problem((*here, "twice"), text))
+                continue
+            lines[here] = line
+            _note_keys(value, here, problems, lines, is_open)
+    is_open[id(node)] = False
+
+
+class _Loader(yaml.SafeLoader):
+    """yaml.safe_load with the scalars of YAML 1.2: creates plain data only, whatever the text holds."""
+
+    yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 - filled below, instead of the inherited ones
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either reading of YAML, 1.1 or 1.2, would not take for text; writes no anchors."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_text(self, data: str) -> yaml.Node:
+        """Escapes what is no visible character: unescaped, some line breaks come back as others."""
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
+
+
+_FLOAT = r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
+_SCALARS = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+|0o[0-7]+)", list("-+0123456789")),
+    "float": (rf"{_FLOAT}|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", list("-+0123456789.")),
+    "merge": (r"<<", ["<"]),
+}
+for _tag, (_pattern, _first) in _SCALARS.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first)
+
+
+def _whole_number(loader: yaml.SafeLoader, node: Any) -> int:
+    return int(str(loader.construct_scalar(node)).replace("_", ""), 0)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+_Dumper.add_representer(str, _Dumper.represent_text)

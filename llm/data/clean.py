@@ -1,0 +1,139 @@
+"""Text as the tokenizer gets it: mended Unicode, no controls, plain whitespace. Indentation stays: code is text."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable
+
+import ftfy
+
+from llm.config import CleanSection
+
+# ftfy mends text that was decoded with the wrong encoding ("Ã©" for "é"). Its other fixes are off, because they alter
+# what prose and code mean to say: quotes, entities, ligatures, widths. Controls and line ends are the later steps' own.
+_FTFY = ftfy.TextFixerConfig(
+    unescape_html=False,
+    remove_terminal_escapes=False,
+    fix_latin_ligatures=False,
+    fix_character_width=False,
+    uncurl_quotes=False,
+    fix_line_breaks=False,
+    fix_surrogates=False,
+    remove_control_chars=False,
+    explain=False,
+)
+
+# The encodings that ftfy knows UTF-8 to be mistaken for.
+_MISTAKEN = ("latin-1", "cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1257", "iso-8859-2", "mac-roman", "cp437")
+
+
+def _seen_as(first: int, last: int) -> str:
+    """A regex class of what the bytes look like in the mistaken encodings."""
+    shown = {bytes([i]).decode(codec, "ignore") for codec in _MISTAKEN for i in range(first, last + 1)}
+    return "".join(sorted(map(re.escape, shown)))
+
+
+# A UTF-8 sequence seen in a mistaken encoding, or a C1 control. ftfy.is_bad takes 1 us a character; this takes a tenth,
+# and has nothing to say about most lines. The blank, \x1a and \ufffd stand where a program has replaced a byte.
+_MORE = f"[{_seen_as(0x80, 0xBF)} \x1a\ufffd]"
+_MAYBE_MISTAKEN = re.compile(
+    f"[{_seen_as(0xC2, 0xDF)}]{_MORE}|[{_seen_as(0xE0, 0xEF)}]{_MORE}{{2}}|[{_seen_as(0xF0, 0xF4)}]{_MORE}{{3}}|[\x80-\x9f]"
+)
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_PAGE_END = re.compile("[\x0b\x0c\x85]")  # vertical tab, form feed, next line: they part words, so they become newlines
+# C0 and C1 controls, but for tab, newline and carriage return (normalize_whitespace's own). Then what shows nothing and
+# joins nothing: soft hyphen, zero-width space, word joiner and invisible operators, byte order mark, interlinear marks,
+# noncharacters. The zero-width joiner and non-joiner stay, for emoji, Persian and the Indic scripts are spelt with
+# them; direction marks stay for Arabic and Hebrew.
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u200b\u2060-\u2064\ufeff\ufff9-\ufffb\ufdd0-\ufdef\ufffe\uffff]"
+)
+_BLANK_LINES = re.compile("\n{4,}")
+_MAX_ROUNDS = 8  # one is nearly always enough; a removed character can bring together two that a step then changes
+
+
+class Cleaner:
+    """Applies the steps that `section` switches on, in the order of its fields, and counts what they did in `counts`.
+
+    `counts`: `documents`; `chars_in`, and `chars_out` of those kept; for each step the documents it changed;
+    `lone_surrogates`, the documents that held code points no encoding can express (they are always removed, or the
+    tokenizer would fail); `dropped_short`. Cleaning is a function of the text alone, and doing it twice is doing it once.
+    """
+
+    def __init__(self, section: CleanSection) -> None:
+        steps: dict[str, Callable[[str], str]] = {
+            "fix_unicode": _fix_unicode,
+            "strip_control": _strip_control,
+            "normalize_whitespace": _normalize_whitespace,
+            "lowercase": str.lower,
+        }
+        self.min_chars = section.min_chars
+        self.counts = dict.fromkeys(
+            ("documents", "chars_in", "chars_out", "lone_surrogates", *steps, "dropped_short"), 0
+        )
+        self._steps = [(name, step) for name, step in steps.items() if getattr(section, name)]
+
+    def clean(self, text: str) -> str | None:
+        """The cleaned text, or None when fewer than `min_chars` characters are left."""
+        counts = self.counts
+        counts["documents"] += 1
+        counts["chars_in"] += len(text)
+        changed_by: set[str] = set()
+        for _ in range(_MAX_ROUNDS):
+            before = text
+            text = self._round(text, changed_by)
+            if text == before or text.isascii():  # on ASCII one round is final
+                break
+        for name in changed_by:
+            counts[name] += 1
+        if len(text) < self.min_chars:
+            counts["dropped_short"] += 1
+            return None
+        counts["chars_out"] += len(text)
+        return text
+
+    def _round(self, text: str, changed_by: set[str]) -> str:
+        try:
+            text.encode()  # ten times as fast as a search
+        except UnicodeEncodeError:
+            text = _SURROGATE.sub("", text)
+            changed_by.add("lone_surrogates")
+        for name, step in self._steps:
+            stepped = step(text)
+            if stepped != text:
+                changed_by.add(name)
+                text = stepped
+        return text
+
+
+def _fix_unicode(text: str) -> str:
+    """Mends wrong decodings line by line, for a file may mix several, and composes accents (NFC)."""
+    if text.isascii():
+        return text
+    if _MAYBE_MISTAKEN.search(text):
+        text = "\n".join([_fix_line(line) for line in text.split("\n")])
+    return text if unicodedata.is_normalized("NFC", text) else unicodedata.normalize("NFC", text)
+
+
+def _fix_line(line: str) -> str:
+    if line.isascii() or not _MAYBE_MISTAKEN.search(line):
+        return line
+    return ftfy.fix_encoding(line, _FTFY)
+
+
+def _strip_control(text: str) -> str:
+    if _CONTROL.search(text) is None:
+        return text
+    return _CONTROL.sub("", _PAGE_END.sub("\n", text))
+
+
+def _normalize_whitespace(text: str) -> str:
+    """Newlines are \\n, no line ends in blanks, at most two blank lines together, none at either end."""
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = "\n".join([line.rstrip() for line in text.split("\n")])
+    if "\n\n\n\n" in text:
+        text = _BLANK_LINES.sub("\n\n\n", text)
+    return text.strip("\n")

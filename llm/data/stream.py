@@ -1,0 +1,126 @@
+"""The Ray Data pipeline: window numbers in, blocks of rows out, dealt to the data ranks in order.
+
+`sequences` makes one task per window run `make_window`, re-cuts the rows into blocks of exactly `block_rows` across window edges, and keeps
+the order. `OneSplitPerDataRank` deals block j to data rank j mod data_size. With `block_rows` = the rows that one data rank sees in a step,
+step s is made of blocks s * data_size ... (s + 1) * data_size - 1 whatever the data size: always the same batch_rows rows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+from ray.train import DataConfig
+
+from llm.config import S3Section
+from llm.data.order import Cursor
+from llm.data.window import Recipe, WindowCounts, make_window
+from llm.errors import DataError
+from llm.storage import join, write_bytes
+
+# A task goes through several windows only when there are more windows than this: planning a task costs the driver about 0.1 ms.
+MAX_TASKS = 2000
+
+# Bytes of raw text that make a token, at most: a pessimistic bound (English is about 4, numbers 2, some scripts 8) that says
+# how many windows to plan for. Windows that turn out not to be needed are never read.
+BYTES_PER_TOKEN = 16
+
+UNSAFE_RAY_DATA_SETTINGS = (
+    "RAY_DATA_AUTOLOAD_PICKLE_OBJECT_SCALAR",
+    "RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA",
+    "RAY_DATA_WEBDATASET_ALLOW_UNSAFE_DESERIALIZATION",
+)
+
+
+@dataclass(frozen=True)
+class Quarantine:
+    """Where unreadable records are noted, one file a window: `<run>/quarantine/epoch-0-window-12.jsonl`."""
+
+    folder: str
+    s3: S3Section
+
+    def write(self, epoch: int, window: int, counts: WindowCounts) -> None:
+        if not counts.bad:
+            return
+        lines = [json.dumps({"uri": b.uri, "position": b.position, "reason": b.reason}) + "\n" for b in counts.bad]
+        write_bytes(join(self.folder, f"epoch-{epoch}-window-{window}.jsonl"), "".join(lines).encode(), self.s3)
+
+
+def sequences(
+    recipe: Recipe, cursor: Cursor, *, num_rows: int, block_rows: int, windows_ahead: int, quarantine: Quarantine
+) -> ray.data.Dataset:
+    """At least `num_rows` rows of the global order from the cursor on (if the corpus holds any text), in blocks of `block_rows`.
+
+    Columns: `ids`, `segments` int32 (seq_len + 1); `position` int64 (epoch, window, offset) of the row; `records`, `bad` int32: what
+    the row's window read, on its first row only (0 elsewhere), so that sums over rows count each record once.
+    """
+    for name in UNSAFE_RAY_DATA_SETTINGS:
+        if os.environ.get(name):
+            raise DataError(f"{name} is set: it lets Ray Data run code found in data files. Unset it.")
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+    row_bytes = (recipe.seq_len + 1) * BYTES_PER_TOKEN
+    num_windows = 2 + int(num_rows * row_bytes / max(1.0, recipe.plan.bytes_per_window))
+    shared = ray.put(recipe)
+
+    def tokenize(batch: dict[str, np.ndarray]) -> Iterator[dict[str, Any]]:
+        held = ray.get(shared)
+        for number in batch["id"].tolist():
+            yield from _window_block(held, cursor, number, quarantine)
+
+    numbers = ray.data.range(num_windows, override_num_blocks=min(num_windows, MAX_TASKS))
+    windows = numbers.map_batches(tokenize, batch_size=1, concurrency=windows_ahead, num_cpus=1)
+    return windows.repartition(target_num_rows_per_block=block_rows, strict=True)
+
+
+def _window_block(recipe: Recipe, cursor: Cursor, number: int, quarantine: Quarantine) -> Iterator[dict[str, Any]]:
+    """The window's rows as one block, without those before the cursor."""
+    epoch, window = recipe.plan.nth_window(cursor, number)
+    rows, counts = make_window(recipe, epoch, window)
+    quarantine.write(epoch, window, counts)
+    skip = cursor.offset if number == 0 else 0
+    left = len(rows) - skip
+    if left <= 0:
+        return
+    offsets = np.arange(skip, len(rows), dtype=np.int64)
+    first = np.zeros(left, dtype=np.int32)
+    first[0] = 1
+    yield {
+        "ids": rows.ids[skip:],
+        "segments": rows.segments[skip:],
+        "position": np.stack([np.full(left, epoch), np.full(left, window), offsets], axis=1),
+        "records": first * counts.records,
+        "bad": first * len(counts.bad),
+    }
+
+
+class OneSplitPerDataRank(DataConfig):
+    """Splits the dataset over the data ranks only: tensor rank 0 of each group reads, its peers are given nothing to iterate.
+
+    Ray's default splits over all workers and equalizes the splits, which gives tensor peers different tokens and drops rows.
+    """
+
+    def __init__(self, tensor_size: int) -> None:
+        super().__init__()
+        self.tensor_size = tensor_size
+
+    def configure(
+        self, datasets: dict[str, Any], world_size: int, worker_handles: Any, worker_node_ids: list[str] | None, **_: Any
+    ) -> list[dict[str, Any]]:
+        data_size = world_size // self.tensor_size
+        readers = [worker_node_ids[d * self.tensor_size] for d in range(data_size)] if worker_node_ids else None
+        shards: list[dict[str, Any]] = [dict.fromkeys(datasets) for _ in range(world_size)]
+        for name, dataset in datasets.items():
+            splits = dataset.streaming_split(data_size, equal=False, locality_hints=readers)
+            for data_rank, split in enumerate(splits):
+                shards[data_rank * self.tensor_size][name] = split
+        return shards

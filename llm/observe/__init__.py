@@ -1,0 +1,1 @@
+"""What the user sees of a run: the terminal, TensorBoard and other trackers, the report. All read metrics.jsonl."""

@@ -1,0 +1,20 @@
+"""What the driver tells every training worker. Picklable and light: importing it brings in no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from llm.config import RunConfig
+from llm.data.pack import Rows
+from llm.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Job:
+    config: RunConfig
+    run_uri: str  # <storage>/<name>: where metrics, checkpoints and the export go
+    model_config: dict[str, Any]  # the Hugging Face config of the model to build
+    tokenizer: Tokenizer
+    eval_rows: Rows  # held out of training; empty where eval.rows is 0
+    started_at_s: float  # Unix time at which the user's command began: start-up is counted from there

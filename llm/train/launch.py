@@ -1,0 +1,126 @@
+"""The driver's side: one Ray Train run of `work` on every worker, fed by the stream, watched through the run's metrics file.
+
+Plain `DataParallelTrainer` with a rendezvous of our own instead of `TorchTrainer`: that one imports torch in the driver and in Ray's
+controller, 3 s of CPU time each, and sets up a process group before the worker has looked at its data.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import ray
+import ray.data
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train._internal.utils import get_address_and_port
+from ray.train.backend import Backend, BackendConfig
+from ray.train.data_parallel_trainer import DataParallelTrainer
+
+from llm.data.stream import OneSplitPerDataRank, Quarantine, sequences
+from llm.data.window import Recipe
+from llm.errors import HeadraceError, TrainingError
+from llm.storage import join
+from llm.train.job import Job
+from llm.train.worker import DATASET, work
+
+
+class _Rendezvous(Backend):
+    share_cuda_visible_devices = True
+
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        address, port = worker_group.execute_single(0, get_address_and_port)
+        worker_group.execute(_set_master, address, port)
+
+
+class RendezvousConfig(BackendConfig):
+    """Tells every worker where rank 0 is; the worker itself makes the process group."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _Rendezvous
+
+
+def _set_master(address: str, port: int) -> None:
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+
+
+@dataclass(frozen=True)
+class WorkerResources:
+    cpus: float
+    gpus: float
+
+
+def fit(job: Job, recipe: Recipe, resources: WorkerResources, ray_folder: str, watch: Callable[[], None], poll_s: float = 0.5) -> None:
+    """Runs the job to its end; `watch` is called every `poll_s` meanwhile, and once after.
+
+    Ray's trainer runs in a thread: in the main thread it would take over Ctrl-C, which here ends the run within seconds. Raises the
+    worker's own HeadraceError where there is one, else TrainingError with the first lines of what Ray knows.
+    """
+    trainer = DataParallelTrainer(
+        work,
+        train_loop_config={"job": job},
+        backend_config=RendezvousConfig(),
+        scaling_config=ScalingConfig(
+            num_workers=job.config.parallel.workers,
+            use_gpu=resources.gpus > 0,
+            resources_per_worker={"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})},
+        ),
+        run_config=RunConfig(name=job.config.run.name, storage_path=ray_folder, failure_config=FailureConfig(max_failures=0)),
+        datasets={DATASET: partial(_open_stream, job, recipe)},  # pyright: ignore[reportArgumentType]
+        dataset_config=OneSplitPerDataRank(job.config.parallel.tensor),
+    )
+    outcome: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, name="ray-train", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(poll_s)
+        watch()
+    if outcome:
+        raise user_error(outcome[0])
+
+
+def _open_stream(job: Job, recipe: Recipe) -> ray.data.Dataset:
+    """Called when a worker group starts: the stream from where the newest checkpoint left off."""
+    from llm.checkpoint.newest import newest_state
+    from llm.checkpoint.store import CheckpointStore
+
+    config = job.config
+    state = newest_state(CheckpointStore(job.run_uri, config.s3))
+    return sequences(
+        recipe,
+        state.cursor,
+        num_rows=max(1, config.train.steps - state.step) * config.train.batch_rows,
+        block_rows=config.rank_rows,
+        windows_ahead=config.data.windows_ahead,
+        quarantine=Quarantine(join(job.run_uri, "quarantine"), config.s3),
+    )
+
+
+def user_error(error: BaseException) -> HeadraceError:
+    """The error to show: the first of ours among the causes, else one line of what went wrong."""
+    seen: list[BaseException] = []
+    queue = [error]
+    while queue:
+        current = queue.pop(0)
+        if any(current is other for other in seen):
+            continue
+        seen.append(current)
+        if isinstance(current, HeadraceError):
+            return current
+        queue += list(getattr(current, "worker_failures", {}).values())
+        inner = (getattr(current, name, None) for name in ("_base_exc", "cause", "controller_failure", "__cause__"))
+        queue += [cause for cause in inner if isinstance(cause, BaseException)]
+    deepest = seen[-1]
+    lines = [line for line in str(deepest).splitlines() if line.strip()] or [""]
+    return TrainingError(f"training failed: {type(deepest).__name__}: {lines[-1].strip()[:500]}")

@@ -1,0 +1,179 @@
+"""The training of one worker, from the blocks it is given to the exported model. Knows torch.distributed and DeepSpeed, not Ray.
+
+`steps` yields what each step did; recording, evaluation and checkpoints consume it. A process started by hand (torchrun, a test) runs the
+very same code as a Ray worker.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+
+from llm.checkpoint.layout import Layout
+from llm.checkpoint.restore import restore_checkpoint
+from llm.checkpoint.save import save_checkpoint
+from llm.checkpoint.store import CheckpointStore
+from llm.data.batches import Batch, BatchFetcher, Block, DataGroups
+from llm.export.huggingface import export_and_check, probe_logits
+from llm.model.build import build_model, enable_activation_checkpointing
+from llm.parallel.mesh import Mesh
+from llm.parallel.zero import Engine, best_precision
+from llm.state import TrainState
+from llm.train.job import Job
+from llm.train.optimizer import param_groups
+from llm.train.recorder import Recorder, StepTimes
+from llm.train.schedule import lr_factor
+from llm.train.step import StepResult, evaluate, train_step
+
+
+def train(job: Job, mesh: Mesh, blocks: Iterable[Block] | None, start: TrainState) -> TrainState:
+    """Trains from `start` (a fresh state, or the newest checkpoint's) to `train.steps`; returns the last state. All ranks must call it.
+
+    `blocks` begin at `start.cursor`, `rank_rows` rows each; None on tensor peers. torch.distributed must be initialized.
+    """
+    config = job.config
+    fetcher = BatchFetcher(
+        blocks,
+        mesh,
+        DataGroups(mesh),
+        num_batches=max(0, config.train.steps - start.step),
+        rank_rows=config.rank_rows,
+        seq_len=config.data.seq_len,
+        isolate=config.data.isolate_documents,
+        max_bad_frac=config.data.max_bad_frac,
+    )
+    precision = best_precision(config.train.precision)
+    device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    recorder = Recorder(job, on=mesh.rank == 0, device_name=device_name, precision=precision)
+    try:
+        engine = build_engine(job, mesh)
+        recorder.event("phase", name="model and engine built")
+        store = CheckpointStore(job.run_uri, config.s3)
+        parallel = config.parallel
+        layout = Layout(parallel.workers, parallel.tensor, parallel.zero_stage, precision, config.train.optimizer)
+        if start.step:
+            restore_checkpoint(engine, start, layout, store)
+            recorder.resume_at(start.step)
+            recorder.event("restart", step=start.step, reason="resumed from the newest checkpoint")
+        else:
+            recorder.resume_at(0)
+        recorder.event("start", total_steps=config.train.steps)
+        return _train_and_save(job, engine, recorder, fetcher, store, layout, start)
+    finally:
+        fetcher.close()
+        recorder.close()
+
+
+def build_engine(job: Job, mesh: Mesh) -> Engine:
+    """The run's model on its layout, with the same weights on every layout: they follow from run.seed alone."""
+    config = job.config
+    model = build_model(
+        job.model_config,
+        seed=config.run.seed,
+        attention=config.model.attention,
+        pretrained=config.model.path if config.model.init == "pretrained" else None,
+    )
+    if config.train.activation_checkpointing:
+        enable_activation_checkpointing(model)
+    engine = Engine(
+        model,
+        mesh,
+        config.parallel,
+        config.train,
+        param_groups=param_groups(model, config.train),
+        precision=best_precision(config.train.precision),
+        microbatch_rows=config.microbatch_rows,
+        microbatches=config.microbatches_per_step,
+    )
+    if config.train.compile:
+        engine.deepspeed.compile()
+    return engine
+
+
+def steps(job: Job, engine: Engine, batches: Iterable[Batch], state: TrainState) -> Iterator[tuple[TrainState, StepResult, StepTimes]]:
+    """Each step's new state, its result (tensors, not yet read) and its times. The time of a step ends where the next begins to wait for
+    data, so what the consumer does in between is not counted."""
+    source = iter(batches)
+    while True:
+        began_s = time.perf_counter()
+        batch = next(source, None)
+        if batch is None:
+            return
+        got_s = time.perf_counter()
+        result = train_step(
+            engine,
+            batch,
+            microbatch_rows=job.config.microbatch_rows,
+            isolate=job.config.data.isolate_documents,
+            lr_factor=lr_factor(job.config.train, state.step),
+        )
+        state = TrainState(state.step + 1, state.tokens + batch.predicted_tokens, batch.cursor)
+        yield state, result, StepTimes(time.perf_counter() - began_s, got_s - began_s)
+
+
+def _train_and_save(
+    job: Job, engine: Engine, recorder: Recorder, batches: Iterable[Batch], store: CheckpointStore, layout: Layout, start: TrainState
+) -> TrainState:
+    config, state, saved_step = job.config, start, start.step
+    if start.step == 0:
+        _evaluate(job, engine, recorder, 0)
+    evaluated_step = start.step
+    for after, result, times in steps(job, engine, batches, start):
+        recorder.step(state, after, result, times, config.train.lr * lr_factor(config.train, state.step))
+        state = after
+        if _due(config.eval.every_steps, state.step):
+            recorder.flush()
+            _evaluate(job, engine, recorder, state.step)
+            evaluated_step = state.step
+        if _due(config.checkpoint.every_steps, state.step):
+            recorder.flush()
+            _save(engine, recorder, store, layout, state, config.checkpoint.keep)
+            saved_step = state.step
+    recorder.flush()
+    if evaluated_step < state.step:
+        _evaluate(job, engine, recorder, state.step)
+    if saved_step < state.step:
+        _save(engine, recorder, store, layout, state, config.checkpoint.keep)
+    if config.export.enabled:
+        _export(job, engine, recorder, store, state)
+    recorder.event("end", status="finished", step=state.step)
+    return state
+
+
+def _due(every_steps: int, step: int) -> bool:
+    return bool(every_steps) and step % every_steps == 0
+
+
+def _evaluate(job: Job, engine: Engine, recorder: Recorder, step: int) -> None:
+    if not len(job.eval_rows):
+        return
+    loss, tokens = evaluate(
+        engine,
+        torch.from_numpy(job.eval_rows.ids),
+        torch.from_numpy(job.eval_rows.segments),
+        microbatch_rows=job.config.microbatch_rows,
+        isolate=job.config.data.isolate_documents,
+    )
+    recorder.evaluation(step, loss, tokens)
+
+
+def _save(engine: Engine, recorder: Recorder, store: CheckpointStore, layout: Layout, state: TrainState, keep: int) -> None:
+    began_s = time.perf_counter()
+    uri = save_checkpoint(engine, state, layout, store, keep)
+    recorder.event("checkpoint", step=state.step, path=uri, took_s=round(time.perf_counter() - began_s, 3))
+
+
+def _export(job: Job, engine: Engine, recorder: Recorder, store: CheckpointStore, state: TrainState) -> None:
+    """Rank 0 writes the export from the checkpoint and holds it against the engine; the others wait."""
+    logits = probe_logits(engine, job.model_config)
+    if engine.mesh.rank == 0:
+        done = export_and_check(job, store, state.step, logits, engine.precision)
+        recorder.event("export", path=done.uri, max_logit_difference=done.max_logit_difference)
+        if done.sample is not None:
+            recorder.event("sample", prompt=job.config.export.sample_prompt, text=done.sample)
+    dist.barrier()
+
+

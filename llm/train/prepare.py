@@ -1,0 +1,116 @@
+"""From a configuration to what a run needs: corpus plan, tokenizer, model config, evaluation rows. The driver's part, before Ray starts.
+
+Everything that can be known to be wrong is found here, in seconds: missing files, an empty corpus, a tokenizer that is none, a model that
+cannot be split. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llm.config import BUILTIN, RunConfig
+from llm.data.builtin import prepare_builtin, prepare_builtin_tokenizer
+from llm.data.order import MIN_SLICE_BYTES, SLICES_PER_CORPUS, CorpusPlan, Slice, hold_out, plan_corpus
+from llm.data.pack import Rows, pack
+from llm.data.sources import list_files, plan_slices
+from llm.data.window import Recipe, held_out_rows
+from llm.errors import ConfigError, DataError
+from llm.model.presets import check_model, model_config
+from llm.storage import is_s3, join, local_path, read_bytes, write_bytes
+from llm.tokenizer import load_tokenizer
+from llm.train.job import Job
+
+# Held-out slices are chosen to hold this many bytes a token: enough for any language, little enough to leave the rest for training.
+EVAL_BYTES_PER_TOKEN = 8
+
+
+@dataclass(frozen=True)
+class Prepared:
+    job: Job
+    recipe: Recipe
+
+
+def prepare(config: RunConfig, run_uri: str, started_at_s: float) -> Prepared:
+    """Raises ConfigError with every problem of the model and its fit, TokenizerError, DataError or StorageError."""
+    config = with_builtin_corpus(config)
+    tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.eos, config.s3)
+    model = model_config(config.model, tokenizer.vocab_size, lambda uri: read_bytes(uri, config.s3))
+    problems = check_model(
+        model, tensor=config.parallel.tensor, vocab_size=tokenizer.vocab_size, seq_len=config.data.seq_len
+    )
+    if problems:
+        raise ConfigError("\n".join(message for _, message in problems))
+    plan, held_out = plan_sources(config)
+    recipe = Recipe(
+        plan=plan,
+        tokenizer=tokenizer,
+        seq_len=config.data.seq_len,
+        clean=config.data.clean,
+        text_fields={source.name: source.text_field for source in config.data.sources},
+        s3=config.s3,
+    )
+    rows = evaluation_rows(config, recipe, held_out)
+    return Prepared(Job(config, run_uri, model, tokenizer, rows, started_at_s), recipe)
+
+
+def plan_sources(config: RunConfig) -> tuple[CorpusPlan, list[Slice]]:
+    """(the plan of the training slices, the held-out slices) of all sources."""
+    data = config.data
+    files = {source.name: list_files(source, config.s3) for source in data.sources}
+    total = sum(file.size_bytes for found in files.values() for file in found)
+    # Small corpora are cut finer, so that there is something to mix and to hold out.
+    slice_bytes = min(data.slice_bytes, max(MIN_SLICE_BYTES, total // SLICES_PER_CORPUS))
+    eval_bytes = config.eval.rows * (data.seq_len + 1) * EVAL_BYTES_PER_TOKEN
+    training: dict[str, list[Slice]] = {}
+    held_out: list[Slice] = []
+    for name, found in files.items():
+        slices = plan_slices(found, slice_bytes)
+        share = sum(file.size_bytes for file in found) / total
+        training[name], held = hold_out(slices, int(eval_bytes * share), config.run.seed, name)
+        held_out += held
+    weights = {source.name: source.weight for source in data.sources}
+    return plan_corpus(training, weights, window_slices=data.window_slices, seed=config.run.seed), held_out
+
+
+def evaluation_rows(config: RunConfig, recipe: Recipe, held_out: list[Slice]) -> Rows:
+    if not config.eval.rows:
+        return pack([], config.data.seq_len, recipe.tokenizer.eos_id)
+    rows = held_out_rows(recipe, held_out, config.eval.rows)
+    if not len(rows):
+        names = ", ".join(source.uri for source in config.data.sources)
+        raise DataError(
+            f"no text is left to hold out for evaluation in {names}: the corpus is empty after cleaning, or has a single record. "
+            "Add text, lower data.clean.min_chars, or set eval.rows=0."
+        )
+    return rows
+
+
+def with_builtin_corpus(config: RunConfig) -> RunConfig:
+    """The configuration with 'builtin' resolved to files, which are made first where they are missing.
+
+    They are kept in the run's storage, where all nodes of a cluster see them.
+    """
+    if not _uses_builtin(config):
+        return config
+    cache = join(config.run.storage, "cache")
+    local = Path("runs/cache") if is_s3(cache) else Path(local_path(cache))
+    corpus = prepare_builtin(local / "builtin")
+    prepare_builtin_tokenizer(local / "builtin", local / "tokenizer")
+    uri = corpus.uri
+    if is_s3(cache):
+        for path in sorted((local / "builtin").iterdir()):
+            write_bytes(join(cache, "builtin", path.name), path.read_bytes(), config.s3)
+        uri = join(cache, "builtin", "docs-*")
+    sources = [s.model_copy(update={"uri": uri}) if s.uri == BUILTIN else s for s in config.data.sources]
+    path = str(local / "tokenizer") if config.tokenizer.path == BUILTIN else config.tokenizer.path
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"sources": sources}),
+            "tokenizer": config.tokenizer.model_copy(update={"path": path}),
+        }
+    )
+
+
+def _uses_builtin(config: RunConfig) -> bool:
+    return config.tokenizer.path == BUILTIN or any(source.uri == BUILTIN for source in config.data.sources)

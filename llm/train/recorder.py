@@ -1,0 +1,106 @@
+"""Rank 0's pen: turns step results into rows of metrics.jsonl. Other ranks hold one that writes nothing."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+
+from llm.config import S3Section
+from llm.errors import TrainingError
+from llm.metrics import MetricsWriter, eval_row, event_row, step_row
+from llm.metrics_file import UploadSink
+from llm.model.flops import flops_per_token, peak_flops
+from llm.state import TrainState
+from llm.storage import exists, is_s3, join, read_bytes, write_bytes
+from llm.train.job import Job
+from llm.train.step import StepResult
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    step_s: float
+    data_wait_s: float
+
+
+class Recorder:
+    """`on` on rank 0 only. Step results are kept as tensors and read every `log.every_steps`, so that no step waits for its numbers."""
+
+    def __init__(self, job: Job, *, on: bool, device_name: str, precision: str) -> None:
+        self.job = job
+        self._pending: list[tuple[TrainState, TrainState, StepResult, StepTimes, float]] = []
+        self._writer = _open_writer(job) if on else None
+        per_token = flops_per_token(job.model_config, job.config.data.seq_len)
+        peak = peak_flops(device_name, precision)
+        # FLOPs of a token over the FLOP/s of all devices: a rate in tokens/s times it is the MFU.
+        self._mfu_factor = per_token / (peak * job.config.parallel.workers) if per_token and peak else None
+
+    def elapsed_s(self) -> float:
+        return max(0.0, time.time() - self.job.started_at_s)
+
+    def event(self, name: str, **fields: object) -> None:
+        if self._writer is not None:
+            self._writer.write(event_row(name, elapsed_s=self.elapsed_s(), **fields))
+
+    def evaluation(self, step: int, loss: float, tokens: int) -> None:
+        if self._writer is not None:
+            self._writer.write(eval_row(step=step, eval_loss=loss, eval_tokens=tokens))
+
+    def resume_at(self, step: int) -> None:
+        """Drops the rows after `step`: those steps are done again."""
+        if self._writer is not None:
+            self._writer.truncate_after(step)
+
+    def step(self, before: TrainState, after: TrainState, result: StepResult, times: StepTimes, lr: float) -> None:
+        self._pending.append((before, after, result, times, lr))
+        if after.step % self.job.config.log.every_steps == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the pending rows. Raises TrainingError, on every rank, where a loss is not finite."""
+        pending, self._pending = self._pending, []
+        for before, after, result, times, lr in pending:
+            loss = float(result.loss)
+            if self._writer is not None:
+                tokens_per_s = (after.tokens - before.tokens) / times.step_s
+                row = step_row(
+                    step=after.step,
+                    loss=loss,
+                    tokens=after.tokens,
+                    tokens_per_s=tokens_per_s,
+                    data_wait_frac=min(1.0, times.data_wait_s / times.step_s),
+                    lr=lr,
+                    grad_norm=float(result.grad_norm),
+                    step_s=times.step_s,
+                    mfu=tokens_per_s * self._mfu_factor if self._mfu_factor else None,
+                    elapsed_s=self.elapsed_s(),
+                    epoch=after.cursor.epoch,
+                    window=after.cursor.window,
+                    offset=after.cursor.offset,
+                )
+                self._writer.write(row)
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"the loss of step {after.step} is {loss}: training cannot go on. Lower train.lr, lengthen train.warmup_steps, or "
+                    "set train.precision to fp32 or bf16; the last checkpoint is from before it."
+                )
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _open_writer(job: Job) -> MetricsWriter:
+    uri, s3 = join(job.run_uri, "metrics.jsonl"), job.config.s3
+    if not is_s3(uri):
+        return MetricsWriter(uri)
+    return MetricsWriter(UploadSink(get=partial(_get, uri, s3), put=partial(_put, uri, s3)))
+
+
+def _get(uri: str, s3: S3Section) -> bytes:
+    return read_bytes(uri, s3) if exists(uri, s3) else b""
+
+
+def _put(uri: str, s3: S3Section, data: bytes) -> None:
+    write_bytes(uri, data, s3)

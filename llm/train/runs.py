@@ -1,0 +1,66 @@
+"""A run's folder as the driver sees it: is it new, to be resumed, or finished?"""
+
+from __future__ import annotations
+
+from llm.checkpoint.store import CheckpointStore
+from llm.config import RunConfig
+from llm.config_file import config_differences, dump_run, parse_run
+from llm.errors import ConfigError
+from llm.metrics import MetricsTail, rows_of
+from llm.storage import exists, join, read_bytes, write_bytes
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+
+
+def run_uri(config: RunConfig) -> str:
+    return join(config.run.storage, config.run.name)
+
+
+def claim_run(config: RunConfig) -> tuple[RunConfig, str | None]:
+    """(the configuration under the name that this command trains, None), or (the same, why there is nothing to do).
+
+    A name without checkpoints starts from the beginning; an unfinished run goes on, if nothing that determines its result has changed
+    (else ConfigError names what did); after a finished one `run.if_finished` decides: stop, or NAME-2, NAME-3, ...
+    """
+    number = 1
+    while True:
+        name = config.run.name if number == 1 else f"{config.run.name}-{number}"
+        named = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+        if not finished(named):
+            _require_same_run(named)
+            return named, None
+        if config.run.if_finished == "stop":
+            return named, (
+                f"{run_uri(named)} is finished: nothing to do. Choose another run.name, raise train.steps, or set run.if_finished=again."
+            )
+        number += 1
+
+
+def write_config(config: RunConfig) -> None:
+    """`config.yaml` beside the run's results: every value written out."""
+    write_bytes(join(run_uri(config), CONFIG), dump_run(config).encode(), config.s3)
+
+
+def finished(config: RunConfig) -> bool:
+    """Whether the run's own metrics say that it ended, at `train.steps` or beyond."""
+    uri = join(run_uri(config), METRICS)
+    if not exists(uri, config.s3):
+        return False
+    data = read_bytes(uri, config.s3)
+    ends = rows_of(MetricsTail(lambda offset: data[offset:]).poll(), "event", "end")
+    return any(row.get("status") == "finished" and row.get("step", 0) >= config.train.steps for row in ends)
+
+
+def _require_same_run(config: RunConfig) -> None:
+    uri = run_uri(config)
+    recorded = join(uri, CONFIG)
+    if not exists(recorded, config.s3) or not CheckpointStore(uri, config.s3).steps():
+        return
+    changed = config_differences(parse_run(read_bytes(recorded, config.s3).decode(), recorded), config)
+    if changed:
+        told = "\n".join(f"  {line}" for line in changed)
+        raise ConfigError(
+            f"the unfinished run {uri} was started with another configuration:\n{told}\n"
+            "  Set the values back to go on with it, or choose another run.name."
+        )

@@ -1,0 +1,71 @@
+"""One optimizer step, and one evaluation. The loss is in nats per predicted token of the whole batch, whatever the layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llm.data.batches import Batch
+from llm.model.loss import model_inputs, sum_loss
+from llm.parallel.zero import Engine
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """`loss`: mean over the batch's predicted tokens, in nats, a scalar tensor on the engine's device; `grad_norm`: before clipping."""
+
+    loss: Tensor
+    grad_norm: Tensor
+
+
+def train_step(engine: Engine, batch: Batch, *, microbatch_rows: int, isolate: bool, lr_factor: float) -> StepResult:
+    """Forward and backward over this rank's microbatches, then one update. All ranks must call it.
+
+    Each microbatch's summed loss is divided by the predicted tokens of the *whole* batch before backward, so unequally masked
+    microbatches weigh as they should: 1 microbatch of 8 rows, 2 of 4 and 4 of 2 give the same gradient.
+    """
+    total = torch.zeros((), device=engine.device)
+    for first in range(0, len(batch.ids), microbatch_rows):
+        rows = slice(first, first + microbatch_rows)
+        loss = _summed_loss(engine, batch.ids[rows], batch.segments[rows], isolate) / batch.predicted_tokens
+        total += loss.detach()
+        engine.backward(loss)
+    grad_norm = engine.step(lr_factor)
+    return StepResult(_over_data_ranks(engine, total), grad_norm)
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, ids: Tensor, segments: Tensor, *, microbatch_rows: int, isolate: bool) -> tuple[float, int]:
+    """(mean loss in nats per predicted token, predicted tokens) of the rows, shared out over the data ranks. All ranks must call it.
+
+    Rows are padded to whole microbatches on all data ranks: at ZeRO 3 every rank must run the same number of forward passes.
+    """
+    mesh = engine.mesh
+    unit = mesh.data_size * microbatch_rows
+    missing = -len(ids) % unit
+    ids = torch.cat([ids, ids.new_zeros((missing, ids.shape[1]))])
+    segments = torch.cat([segments, segments.new_zeros((missing, segments.shape[1]))])
+    engine.deepspeed.eval()
+    sums = torch.zeros(2, device=engine.device, dtype=torch.float64)
+    for first in range(0, len(ids), unit):
+        mine = slice(first + mesh.data_rank * microbatch_rows, first + (mesh.data_rank + 1) * microbatch_rows)
+        inputs, labels, valid = model_inputs(ids[mine].to(engine.device), segments[mine].to(engine.device), isolate)
+        sums[0] += sum_loss(engine.forward(**inputs), labels, valid)
+        sums[1] += valid.sum()
+    engine.deepspeed.train()
+    sums = _over_data_ranks(engine, sums)
+    return float(sums[0] / sums[1].clamp(min=1)), round(float(sums[1]))
+
+
+def _summed_loss(engine: Engine, ids: Tensor, segments: Tensor, isolate: bool) -> Tensor:
+    inputs, labels, valid = model_inputs(ids.to(engine.device), segments.to(engine.device), isolate)
+    return sum_loss(engine.forward(**inputs), labels, valid)
+
+
+def _over_data_ranks(engine: Engine, value: Tensor) -> Tensor:
+    """The sum over data ranks; tensor peers hold equal values, so the sum over all ranks counts each tensor_size times."""
+    dist.all_reduce(value)
+    return value / engine.mesh.tensor_size

@@ -1,0 +1,103 @@
+"""What one Ray Train worker does: find its place, open its part of the stream, train.
+
+Importing this module brings in no torch: the driver and Ray's controller import it to name `work`, and torch, DeepSpeed and transformers
+cost a process 6 s of CPU time.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import ray.train
+
+from llm.errors import TrainingError
+from llm.observe.quiet import quiet_worker
+from llm.parallel.mesh import Mesh
+from llm.storage import is_s3, join, local_path
+from llm.train.job import Job
+
+DATASET = "train"
+
+
+def work(config: dict[str, Any]) -> None:
+    """The function that Ray Train runs on every worker. `config`: {"job": Job}."""
+    job: Job = config["job"]
+    context = ray.train.get_context()
+    mesh = Mesh(context.get_world_rank(), context.get_world_size(), job.config.parallel.tensor)
+    with quiet_worker(_log_file(job, mesh.rank)):
+        shard = ray.train.get_dataset_shard(DATASET)  # a barrier: every rank calls it, tensor peers get None
+        blocks = None if shard is None else _started(_blocks(shard, job.config.rank_rows))
+        _train(job, mesh, blocks, context)
+
+
+def _train(job: Job, mesh: Mesh, blocks: Iterator[Any] | None, context: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from llm.checkpoint.newest import newest_state
+    from llm.checkpoint.store import CheckpointStore
+    from llm.train.loop import train
+
+    local_rank, local_size = context.get_local_rank(), context.get_local_world_size()
+    os.environ |= {"RANK": str(mesh.rank), "WORLD_SIZE": str(mesh.world_size), "LOCAL_RANK": str(local_rank)}
+    # Logical CPUs follow the plan, threads follow the cores: 4 workers on 2 cores run one thread each.
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        _require_tensor_groups_on_nodes(mesh, context.get_node_rank())
+        train(job, mesh, blocks, newest_state(CheckpointStore(job.run_uri, job.config.s3)))
+    finally:
+        dist.destroy_process_group()
+
+
+def _require_tensor_groups_on_nodes(mesh: Mesh, node_rank: int) -> None:
+    import torch
+    import torch.distributed as dist
+
+    nodes = [torch.zeros(1, dtype=torch.int64) for _ in range(mesh.world_size)]
+    dist.all_gather(nodes, torch.tensor([node_rank]))
+    if len({int(nodes[rank]) for rank in mesh.tensor_group}) > 1:
+        raise TrainingError(
+            f"the tensor group of ranks {list(mesh.tensor_group)} lies on several nodes; its matrices talk to each other in every layer. "
+            f"Use nodes whose number of GPUs is a multiple of parallel.tensor={mesh.tensor_size}."
+        )
+
+
+def _blocks(shard: Any, rank_rows: int) -> Iterator[Any]:
+    """The shard's blocks: `rank_rows` rows each, as NumPy arrays."""
+    yield from shard.iter_batches(batch_size=rank_rows, batch_format="numpy", prefetch_batches=2, drop_last=False)
+
+
+def _started(blocks: Iterator[Any]) -> Iterator[Any]:
+    """The same blocks; the first is fetched in a thread from now on, while the caller imports torch and builds the model."""
+    first: Future[Any] = Future()
+
+    def fetch() -> None:
+        try:
+            first.set_result(next(blocks, None))
+        except BaseException as error:
+            first.set_exception(error)
+
+    Thread(target=fetch, name="first-block", daemon=True).start()
+
+    def all_blocks() -> Iterator[Any]:
+        block = first.result()
+        if block is not None:
+            yield block
+            yield from blocks
+
+    return all_blocks()
+
+
+def _log_file(job: Job, rank: int) -> Path:
+    """Where this worker's third-party chatter goes: beside the run, or on the node where the run is on S3."""
+    folder = tempfile.gettempdir() if is_s3(job.run_uri) else local_path(join(job.run_uri, "logs"))
+    return Path(folder) / f"worker-{rank:05d}.log"
