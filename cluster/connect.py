@@ -1,15 +1,15 @@
-"""Reaching Ray: the cluster of `RAY_ADDRESS` (set inside a submitted job), or a private one on this machine."""
+"""Reaching Ray: the cluster of `RAY_ADDRESS` (set inside a submitted job), or a private one on this machine.
+
+Ray reads its settings when it is first imported: so it is imported here, after they are set, and by nothing that runs before.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import secrets
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import ray
 
 from cluster.errors import ClusterError
 
@@ -34,6 +34,8 @@ def connected(logical_cpus: int) -> Iterator[None]:
         _connect(os.environ["RAY_ADDRESS"])
     else:
         _start_local(logical_cpus)
+    import ray
+
     try:
         yield
     finally:
@@ -41,14 +43,16 @@ def connected(logical_cpus: int) -> Iterator[None]:
 
 
 def cluster_gpus() -> float:
-    """GPUs of the connected cluster; of this machine before a private one is started."""
-    if ray.is_initialized():
-        return ray.cluster_resources().get("GPU", 0.0)
-    return _local_gpus()
+    """GPUs of the connected cluster."""
+    import ray
+
+    return ray.cluster_resources().get("GPU", 0.0)
 
 
 def require_cpus(needed: int) -> None:
     """Refuses a plan that would wait for ever."""
+    import ray
+
     have = ray.cluster_resources().get("CPU", 0.0)
     if have < needed:
         raise ClusterError(
@@ -58,6 +62,8 @@ def require_cpus(needed: int) -> None:
 
 
 def _connect(address: str) -> None:
+    import ray
+
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # Ray raises many kinds here
@@ -77,6 +83,8 @@ def _start_local(logical_cpus: int) -> None:
     if "RAY_AUTH_MODE" not in os.environ:
         # A token of this run's own, handed to the processes by environment: Ray would write one into the home directory.
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    import ray
+
     ray.init(
         address="local",
         num_cpus=logical_cpus,
@@ -85,11 +93,3 @@ def _start_local(logical_cpus: int) -> None:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
-
-
-def _local_gpus() -> float:
-    try:
-        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return 0.0
-    return float(sum(line.startswith("GPU ") for line in done.stdout.splitlines()))

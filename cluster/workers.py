@@ -16,14 +16,14 @@ class WorkerPlan:
     num_workers: int
     cpus_per_worker: float
     gpus_per_worker: float
-    data_cpus: int  # left over for the data pipeline
-
-    @property
-    def total_cpus(self) -> int:
-        return round(self.num_workers * self.cpus_per_worker) + self.data_cpus
 
 
-def plan_workers(workers: int, tensor: int, windows_ahead: int, *, cluster_gpus: float) -> WorkerPlan:
+def total_cpus(workers: int, windows_ahead: int) -> int:
+    """Logical CPUs that a run needs: one a worker, and what the data pipeline takes."""
+    return workers + windows_ahead + CUTTING_CPUS
+
+
+def plan_workers(workers: int, tensor: int, cluster_gpus: float) -> WorkerPlan:
     """One worker a GPU where the cluster has enough of them, else CPU workers of one logical CPU each.
 
     Raises ClusterError where the cluster has GPUs, but fewer than the run has workers.
@@ -31,5 +31,7 @@ def plan_workers(workers: int, tensor: int, windows_ahead: int, *, cluster_gpus:
     if 0 < cluster_gpus < workers:
         legal = int(cluster_gpus) // tensor * tensor
         fix = f"Nearest legal value: parallel.workers={legal}" if legal else f"Lower parallel.tensor={tensor} too"
-        raise ClusterError(f"parallel.workers={workers} needs {workers} GPUs, and the cluster has {cluster_gpus:g}. {fix}.")
-    return WorkerPlan(workers, 1.0, 1.0 if cluster_gpus else 0.0, windows_ahead + CUTTING_CPUS)
+        raise ClusterError(
+            f"parallel.workers={workers} needs {workers} GPUs, and the cluster has {cluster_gpus:g}. {fix}."
+        )
+    return WorkerPlan(workers, 1.0, 1.0 if cluster_gpus else 0.0)

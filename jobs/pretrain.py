@@ -7,11 +7,18 @@ import signal
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
+from cluster.connect import cluster_gpus, connected, require_cpus
+from cluster.workers import plan_workers, total_cpus
 from llm.config import RunConfig
 from llm.config_file import dump_run, load_run
-from llm.errors import HeadraceError
+from llm.observe.progress import ProgressLine
+from llm.observe.quiet import redirect_noise
+from llm.observe.watch import RunWatcher
+from llm.train.prepare import Prepared, prepare
+from llm.train.runs import claim_run, run_uri, write_config
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,12 +50,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def pretrain(config: RunConfig, started_at_s: float) -> None:
     """One run on the cluster of RAY_ADDRESS, or on a private one on this machine."""
-    from llm.observe.progress import ProgressLine
-    from llm.observe.quiet import redirect_noise
-    from llm.observe.watch import RunWatcher
-    from llm.train.prepare import prepare
-    from llm.train.runs import claim_run, run_uri, write_config
-
     config, finished = claim_run(config)
     if finished:
         print(finished)
@@ -68,24 +69,20 @@ def pretrain(config: RunConfig, started_at_s: float) -> None:
         watcher.finish()
 
 
-def _train(prepared, watcher, ray_folder: Path) -> None:
-    from cluster.connect import cluster_gpus, connected, require_cpus
-    from cluster.workers import plan_workers
-    from llm.train.launch import WorkerResources, fit
-
-    config: RunConfig = prepared.job.config
+def _train(prepared: Prepared, watcher: RunWatcher, ray_folder: Path) -> None:
+    config = prepared.job.config
     parallel = config.parallel
-    plan = plan_workers(parallel.workers, parallel.tensor, config.data.windows_ahead, cluster_gpus=cluster_gpus())
-    with watcher.progress.phase("connecting to Ray"):
-        cluster = connected(plan.total_cpus)
-        cluster.__enter__()
-    try:
-        require_cpus(plan.total_cpus)
+    cpus = total_cpus(parallel.workers, config.data.windows_ahead)
+    with ExitStack() as stack:
+        with watcher.progress.phase("connecting to Ray"):
+            stack.enter_context(connected(cpus))
+        require_cpus(cpus)
+        plan = plan_workers(parallel.workers, parallel.tensor, cluster_gpus())
         watcher.progress.waiting("starting the workers")
+        from llm.train.launch import WorkerResources, fit  # imports Ray, which must be connected first
+
         resources = WorkerResources(plan.cpus_per_worker, plan.gpus_per_worker)
         fit(prepared.job, prepared.recipe, resources, str(ray_folder), watcher.poll)
-    finally:
-        cluster.__exit__(None, None, None)
 
 
 def _interrupt(signum: int, frame: object) -> None:

@@ -50,8 +50,13 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     An override replaces the whole value at its key: a section given as a map loses its other keys. Raises ConfigError:
     at once where the file cannot be read as a YAML mapping, else with every problem of file and overrides, one a line.
     """
+    return parse_run(_read(path), path, overrides)
+
+
+def parse_run(text: str, name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """`load_run` for a text that is already here; errors call it `name`."""
     problems: list[Problem] = []
-    raw, lines = _read_mapping(path, problems)
+    raw, lines = _mapping(text, name, problems)
     set_here: list[KeyPath] = []
     for override in overrides:
         _apply(raw, override, set_here, problems)
@@ -60,7 +65,7 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     if config is None or problems:
         told = [f"  {problem.text}{_where(problem.path, lines, set_here)}" for problem in problems]
         count = f"{len(told)} problem{'' if len(told) == 1 else 's'}"
-        raise ConfigError("\n".join([f"{path} has {count}:", *told]))
+        raise ConfigError("\n".join([f"{name} has {count}:", *told]))
     return config
 
 
@@ -121,9 +126,9 @@ def _where(path: KeyPath, lines: dict[KeyPath, int], set_here: list[KeyPath]) ->
     return f" (line {lines[path]})" if path in lines else ""
 
 
-def _read_mapping(path: str, problems: list[Problem]) -> tuple[dict[Any, Any], dict[KeyPath, int]]:
+def _read(path: str) -> str:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"There is no config file {path}.{_nearest_file(Path(path))}") from None
     except UnicodeDecodeError as error:
@@ -131,13 +136,17 @@ def _read_mapping(path: str, problems: list[Problem]) -> tuple[dict[Any, Any], d
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{path} cannot be read as a config file: {reason}") from None
+
+
+def _mapping(text: str, name: str, problems: list[Problem]) -> tuple[dict[Any, Any], dict[KeyPath, int]]:
+    """The sections that `text` holds, and the line of every key."""
     lines: dict[KeyPath, int] = {}
     try:
         value = _parse(text, problems, lines)
     except _NotYamlError as error:
-        raise ConfigError(f"{path}{error}") from None
+        raise ConfigError(f"{name}{error}") from None
     if value is not None and not isinstance(value, dict):
-        raise ConfigError(f"{path} must be a mapping of sections (run:, model:, data:, ...), not {shown(value)}")
+        raise ConfigError(f"{name} must be a mapping of sections (run:, model:, data:, ...), not {shown(value)}")
     return value or {}, lines
 
 

@@ -12,7 +12,7 @@ import difflib
 import errno
 import os
 import re
-import socket
+import ssl
 import time
 import uuid
 from collections.abc import Iterator
@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -218,9 +219,9 @@ def _explain_s3(error: Exception, bucket: str, s3: S3Section) -> str:
 
 def _s3_code(error: Exception) -> str | None:
     """The key of _S3_FIXES that fits an error of botocore, pyarrow or our own; None when only the server can tell."""
-    name = type(error).__name__
-    if name == "ClientError":
-        code = str(getattr(error, "response", {}).get("Error", {}).get("Code", "unknown"))
+    name, response = type(error).__name__, getattr(error, "response", None)
+    if isinstance(response, dict):
+        code = str(response.get("Error", {}).get("Code", "unknown"))
         return _CODE_TWINS.get(code, code)
     if "Credential" in name or name in ("ProfileNotFound", "TokenRetrievalError"):
         return "NoCredentials"
@@ -333,18 +334,28 @@ def _bucket_region(bucket: str) -> str | None:
         return None  # then the environment's; what is wrong with the bucket will show when it is used
 
 
+@lru_cache(maxsize=16)
 def _check_reachable(endpoint: str, timeout_s: float) -> None:
+    """Returns when an HTTP server answers there, whatever it says; asked once a process. Raises ConnectionError."""
     parts = urlsplit(endpoint)
-    address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
     deadline_s = time.monotonic() + timeout_s
     for attempt in range(3):  # a server that restarts refuses for a moment
+        left_s = max(0.1, deadline_s - time.monotonic())
+        if parts.scheme == "https":
+            context = ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE"))
+            connection = HTTPSConnection(parts.hostname or "", parts.port, timeout=left_s, context=context)
+        else:
+            connection = HTTPConnection(parts.hostname or "", parts.port, timeout=left_s)
         try:
-            socket.create_connection(address, timeout=max(0.1, deadline_s - time.monotonic())).close()
+            connection.request("HEAD", "/")
+            connection.getresponse()
             return
-        except OSError as error:
+        except (OSError, HTTPException) as error:
             if attempt == 2 or time.monotonic() + 0.5 >= deadline_s:
-                raise ConnectionError(f"{error.strerror or error}") from None
+                raise ConnectionError(getattr(error, "strerror", None) or str(error) or "it does not answer") from None
             time.sleep(0.5)
+        finally:
+            connection.close()
 
 
 def _write_local(path: Path, data: bytes) -> None:

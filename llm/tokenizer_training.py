@@ -14,16 +14,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 TokenizerKind = Literal["bpe", "wordpiece", "unigram", "wordlevel"]
 EOS, PAD, UNK = "<|endoftext|>", "<pad>", "<unk>"
 
 _ALPHABET_FRAC = 0.25  # at most this share of a vocabulary is single characters; rarer ones become <unk>
 _SEED_FACTOR = 2  # Unigram starts from this many times the pieces that it ends with
-_ROUNDS = 4  # in which it sheds the surplus
+_ROUNDS = 3  # in which it sheds the surplus
 _SUBWORD = "##"
 _SPACE = "\u2581"  # Unigram's visible space
+# Letters, digits or signs with the spaces before them, or a line's end: runs of spaces stay together, as code needs it.
+_UNIGRAM_WORD = rf"{_SPACE}*\p{{L}}+|{_SPACE}*\p{{N}}+|{_SPACE}*[^\p{{L}}\p{{N}}{_SPACE}\n]+|\n|{_SPACE}+"
 
 
 def special_tokens(kind: TokenizerKind) -> list[str]:
@@ -37,7 +39,7 @@ def train_vocabulary(texts: Iterable[str], kind: TokenizerKind, vocab_size: int,
     if kind == "wordpiece":
         return _train_wordpiece([_NFC.normalize_str(text) for text in texts], vocab_size, min_frequency)
     if kind == "unigram":
-        return _train_unigram([_NFC.normalize_str(text) for text in texts], vocab_size)
+        return _train_unigram(list(texts), vocab_size)
     new = Tokenizer(models.WordLevel(unk_token=UNK))
     new.normalizer = _NFC
     new.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -88,12 +90,12 @@ def _train_unigram(texts: list[str], vocab_size: int) -> Tokenizer:
     The seed is a BPE vocabulary of twice the size. A round counts the pieces in the best segmentation of every word,
     keeps the most frequent, and takes the logarithms of their frequencies as scores. Single characters are never shed.
     """
-    # A line's end is a piece of its own: code has few spaces and its words would run on over lines.
-    lines, spaces = pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Metaspace(prepend_scheme="first")
-    split = pre_tokenizers.Sequence([lines, spaces])
+    spaces = normalizers.Sequence([_NFC, normalizers.Replace(" ", _SPACE)])
+    split = pre_tokenizers.Split(Regex(_UNIGRAM_WORD), "isolated")
+    texts = [spaces.normalize_str(text) for text in texts]
     words = Counter(word for text in texts for word, _ in split.pre_tokenize_str(text))
     num_pieces = vocab_size - len(special_tokens("unigram"))
-    alphabet = [_SPACE, *_alphabet(texts, int(num_pieces * _ALPHABET_FRAC), " " + _SPACE)]
+    alphabet = [_SPACE, *_alphabet(texts, int(num_pieces * _ALPHABET_FRAC), _SPACE)]
     seed = Tokenizer(models.BPE())
     seed.pre_tokenizer = split
     seed_size = _SEED_FACTOR * num_pieces
@@ -114,9 +116,9 @@ def _train_unigram(texts: list[str], vocab_size: int) -> Tokenizer:
         if i < _ROUNDS:
             counts = _count_pieces(Tokenizer(model), words)
     new = Tokenizer(model)
-    new.normalizer = _NFC
+    new.normalizer = spaces
     new.pre_tokenizer = split
-    new.decoder = decoders.Metaspace(prepend_scheme="first")
+    new.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.Fuse()])
     # Added and not part of the model: the best segmentation of a text that quotes them would pick them.
     new.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (UNK, EOS, PAD)])
     return new

@@ -1,10 +1,10 @@
 """How a checkpoint looks from outside: names, the index of its fragments, its manifest. Pure.
 
-    <run>/checkpoints/step-00000096/
-        rank-00003.safetensors   fp32 weights and optimizer state that rank 3 owns, as 1-D fragments named `<parameter>|<key>`
-        rank-00003.json          where each fragment belongs (RankIndex)
-        state.json               step, tokens, cursor, layout, optimizer counters
-        MANIFEST.json            size and SHA-256 of every file above; written last: a folder without it is not a checkpoint
+<run>/checkpoints/step-00000096/
+    rank-00003.safetensors   fp32 weights and optimizer state that rank 3 owns, as 1-D fragments named `<parameter>|<key>`
+    rank-00003.json          where each fragment belongs (RankIndex)
+    state.json               step, tokens, cursor, layout, optimizer counters
+    MANIFEST.json            size and SHA-256 of every file above; written last: a folder without it is not a checkpoint
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from typing import Any
 
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
-WEIGHT = "weight"  # the key of a fragment that is a part of a parameter; other keys are the optimizer's own (exp_avg, ...)
+WEIGHT = (
+    "weight"  # the key of a fragment that is a part of a parameter; other keys are the optimizer's own (exp_avg, ...)
+)
 
 _STEP = re.compile(r"^step-(\d{8,})$")
 
@@ -63,9 +65,7 @@ class RankIndex:
     def from_json(text: str | bytes) -> RankIndex:
         raw = json.loads(text)
         fragments = {
-            name: FragmentIndex(
-                f["start"], f["numel"], tuple(f["part_shape"]), tuple(f["full_shape"]), f["split_dim"]
-            )
+            name: FragmentIndex(f["start"], f["numel"], tuple(f["part_shape"]), tuple(f["full_shape"]), f["split_dim"])
             for name, f in raw["fragments"].items()
         }
         return RankIndex(raw["tensor_rank"], fragments, raw["counters"])

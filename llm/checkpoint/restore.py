@@ -33,7 +33,9 @@ def restore_checkpoint(engine: Engine, state: TrainState, layout: Layout, store:
     tensors, index = _read_rank(store, state.step, rank, files)
     for fragment in owned_fragments(engine):
         if index.fragments.get(fragment.name) != fragment.index:
-            raise CheckpointError(f"checkpoint {step_folder(state.step)} holds another part of {fragment.name} than this rank owns.")
+            raise CheckpointError(
+                f"checkpoint {step_folder(state.step)} holds another part of {fragment.name} than this rank owns."
+            )
         fragment.of(fragment.flat).copy_(tensors[f"{fragment.name}|{WEIGHT}"])
         entry = optimizer_state(engine, fragment)
         for key, value in index.counters.get(str(fragment.group), {}).items():

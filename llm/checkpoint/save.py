@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,9 +19,11 @@ from llm.checkpoint.store import CheckpointStore
 from llm.errors import CheckpointError
 from llm.parallel.zero import Engine
 from llm.state import TrainState
-from llm.storage import join, read_bytes, write_bytes
+from llm.storage import join, write_bytes
 
 RNG = "rng|torch"
+Fingerprint = dict[str, int | str]  # size_bytes, sha256
+T = TypeVar("T")
 
 
 def save_checkpoint(engine: Engine, state: TrainState, layout: Layout, store: CheckpointStore, keep: int) -> str:
@@ -33,25 +36,21 @@ def save_checkpoint(engine: Engine, state: TrainState, layout: Layout, store: Ch
         store.clear(state.step)
     dist.barrier()
     folder = store.writing(state.step)
-    _together(lambda: _write_rank(engine, folder, store), rank)
+    written = _fingerprints_of_all(engine, _together(lambda: _write_rank(engine, folder, store), rank))
     uri = ""
     if rank == 0:
-        files = {}
-        write_bytes(join(folder, STATE), _state_json(engine, state, layout), store.s3)
-        for r in range(engine.mesh.world_size):
-            if _writes(engine, r):
-                files |= json.loads(read_bytes(join(folder, f"rank-{r:05d}.files"), store.s3))
-        data = read_bytes(join(folder, STATE), store.s3)
-        files[STATE] = _fingerprint(data)
-        uri = store.publish(state.step, manifest(files, state.step))
+        data = _state_json(engine, state, layout)
+        write_bytes(join(folder, STATE), data, store.s3)
+        uri = store.publish(state.step, manifest({**written, STATE: _fingerprint(data)}, state.step))
         store.prune(keep)
     dist.barrier()
     return uri
 
 
-def _write_rank(engine: Engine, folder: str, store: CheckpointStore) -> None:
-    if not _writes(engine, engine.mesh.rank):
-        return
+def _write_rank(engine: Engine, folder: str, store: CheckpointStore) -> dict[str, Fingerprint]:
+    """Writes this rank's files; what they are, by name. At stage 0 all data ranks hold the same: the first tensor group writes."""
+    if engine.stage == 0 and engine.mesh.rank >= engine.mesh.tensor_size:
+        return {}
     tensors: dict[str, Tensor] = {RNG: torch.get_rng_state()}
     index, counters = {}, {}
     for fragment in owned_fragments(engine):
@@ -60,7 +59,9 @@ def _write_rank(engine: Engine, folder: str, store: CheckpointStore) -> None:
             tensors[f"{fragment.name}|{key}"] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
         entry = optimizer_state(engine, fragment)
         counters[str(fragment.group)] = {
-            key: float(value) for key, value in entry.items() if not isinstance(value, Tensor) or value.dim() == 0
+            key: float(value)
+            for key, value in entry.items()
+            if isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0)
         }
     weights_name, index_name = rank_files(engine.mesh.rank)
     contents = {
@@ -69,39 +70,57 @@ def _write_rank(engine: Engine, folder: str, store: CheckpointStore) -> None:
     }
     for name, data in contents.items():
         write_bytes(join(folder, name), data, store.s3)
-    written = {name: _fingerprint(data) for name, data in contents.items()}
-    write_bytes(join(folder, f"rank-{engine.mesh.rank:05d}.files"), json.dumps(written).encode(), store.s3)
+    return {name: _fingerprint(data) for name, data in contents.items()}
 
 
-def _writes(engine: Engine, rank: int) -> bool:
-    """At stage 0 all data ranks hold the same: the first tensor group writes."""
-    return engine.stage > 0 or rank < engine.mesh.tensor_size
+def _fingerprints_of_all(engine: Engine, mine: dict[str, Fingerprint]) -> dict[str, Fingerprint]:
+    """What every rank wrote, by file name, on every rank: as numbers, since objects would travel as pickle."""
+    row = torch.zeros(
+        (2, 8 + 32), dtype=torch.uint8
+    )  # weights and index: size (8 bytes), SHA-256; a size of 0: wrote nothing
+    for i, name in enumerate(rank_files(engine.mesh.rank)):
+        if name in mine:
+            raw = int(mine[name]["size_bytes"]).to_bytes(8, "little") + bytes.fromhex(str(mine[name]["sha256"]))
+            row[i] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+    rows = [torch.empty_like(row) for _ in range(engine.mesh.world_size)]
+    dist.all_gather(rows, row)
+    found: dict[str, Fingerprint] = {}
+    for rank, told in enumerate(rows):
+        for name, values in zip(rank_files(rank), told, strict=True):
+            raw = bytes(values.tolist())
+            if size := int.from_bytes(raw[:8], "little"):
+                found[name] = {"size_bytes": size, "sha256": raw[8:].hex()}
+    return found
 
 
 def _state_json(engine: Engine, state: TrainState, layout: Layout) -> bytes:
     scaler = getattr(engine.optimizer, "loss_scaler", None)
-    scale: dict[str, Any] = {
-        key: value for key, value in vars(scaler).items() if isinstance(value, int | float | bool)
-    } if scaler is not None else {}
+    scale: dict[str, Any] = (
+        {key: value for key, value in vars(scaler).items() if isinstance(value, int | float | bool)}
+        if scaler is not None
+        else {}
+    )
     return json.dumps({"train": state.to_json(), "layout": asdict(layout), "loss_scaler": scale}, indent=1).encode()
 
 
-def _fingerprint(data: bytes) -> dict[str, Any]:
+def _fingerprint(data: bytes) -> Fingerprint:
     return {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _together(write: Any, rank: int) -> None:
+def _together(write: Callable[[], T], rank: int) -> T:
     """Runs `write` on every rank; one rank's failure raises on all, so that none waits at a barrier for ever."""
     error: Exception | None = None
+    result: T | None = None
     try:
-        write()
+        result = write()
     except Exception as caught:
         error = caught
     failed = torch.tensor([0 if error is None else 1])
-    if torch.cuda.is_available():
-        failed = failed.cuda()
     dist.all_reduce(failed)
     if error is not None:
         raise CheckpointError(f"rank {rank} could not write its part of the checkpoint: {error}") from error
     if int(failed):
-        raise CheckpointError(f"{int(failed)} ranks could not write their part of the checkpoint; their messages say why.")
+        raise CheckpointError(
+            f"{int(failed)} ranks could not write their part of the checkpoint; their messages say why."
+        )
+    return result  # pyright: ignore[reportReturnType]

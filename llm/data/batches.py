@@ -22,7 +22,9 @@ from llm.errors import DataError, TrainingError
 from llm.parallel.mesh import Mesh
 
 BATCHES_AHEAD = 2
-MIN_RECORDS_JUDGED = 1000  # data.max_bad_frac is a fraction of at least this many records, so that one early bad record ends no run
+MIN_RECORDS_JUDGED = (
+    1000  # data.max_bad_frac is a fraction of at least this many records, so that one early bad record ends no run
+)
 
 Block = Mapping[str, np.ndarray]
 
@@ -114,7 +116,9 @@ class BatchFetcher:
         """The batch that this rank's block is a part of, once all ranks have told what they hold."""
         mesh, groups = self._mesh, self._groups
         rows = torch.zeros(self._shape, dtype=torch.int32)
-        facts = torch.zeros(7, dtype=torch.int64)  # has a block, predicted tokens, epoch, window, next offset, records, bad ones
+        facts = torch.zeros(
+            7, dtype=torch.int64
+        )  # has a block, predicted tokens, epoch, window, next offset, records, bad ones
         if block is not None and len(block["ids"]) == self._shape[1]:
             rows[0] = torch.from_numpy(np.array(block["ids"], dtype=np.int32))
             rows[1] = torch.from_numpy(np.array(block["segments"], dtype=np.int32))
@@ -130,7 +134,9 @@ class BatchFetcher:
         cursor = Cursor(int(readers[-1, 2]), int(readers[-1, 3]), int(readers[-1, 4]))
         predicted = int(readers[:, 1].sum())
         if predicted == 0:
-            raise TrainingError(f"the batch before {cursor} has no token to predict: all its documents are one token long.")
+            raise TrainingError(
+                f"the batch before {cursor} has no token to predict: all its documents are one token long."
+            )
         return Batch(rows[0], rows[1], predicted, cursor)
 
     def _check(self, readers: Tensor) -> None:
@@ -155,5 +161,3 @@ def count_predicted(segments: Tensor, isolate: bool) -> int:
     if isolate:
         valid &= label == before
     return int(valid.sum())
-
-

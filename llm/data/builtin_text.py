@@ -14,6 +14,7 @@ import os
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -40,6 +41,8 @@ _CLASSES = bytes(  # of a byte: digit, space, letter (or a part of one beyond AS
 )
 _STRIDE = 8  # every 8th byte is enough to tell a table from text, and costs an eighth
 _MAX_LINE_BYTES = 2000
+_SAMPLE_BYTES = 8192
+_MAX_WORD_BYTES = 20  # on average; code has 10, prose 6, base64 a line's length
 
 
 @dataclass(frozen=True)
@@ -114,14 +117,14 @@ def outline(source: str) -> str:
         close = source.find('"""', quotes + 3)
         if close < 0:
             break
-        before = source[max(end, quotes - 200) : quotes].rstrip("rRuU").rstrip()
+        before = source[max(end, quotes - 200) : quotes].rstrip("rRuU").rstrip().rpartition("\n")[2]
         line = -1
-        if before.endswith(":"):
+        if before.partition(" #")[0].rstrip().endswith(":"):
             start = max(source.rfind("def ", end, quotes), source.rfind("class ", end, quotes))
             if start >= 0 and quotes - start < 600:  # further away it is no signature
                 begin = source.rfind("\n", 0, start) + 1
                 line = begin if source[begin:start].strip() in ("", "async") else -1
-        elif end == 0 and (not before or before.rpartition("\n")[2].startswith("#")):
+        elif end == 0 and (not before or before.startswith("#")):
             line = quotes  # the module's own, perhaps below a licence
         end = close + 3
         if line >= 0:
@@ -210,8 +213,8 @@ def _find(root: Root) -> Iterator[_Found]:
         *folders, last = name.split("/")
         if not MIN_TEXT_CHARS <= num_bytes <= MAX_FILE_BYTES or not _SKIPPED_FOLDERS.isdisjoint(folders):
             continue
-        if not last.endswith(".py") and last.lower().startswith(_BOILERPLATE):
-            continue
+        if last.startswith("_sysconfigdata") or (not last.endswith(".py") and last.lower().startswith(_BOILERPLATE)):
+            continue  # the former is what this machine's Python was built with, its folders included
         package = name.partition("/")[0].removesuffix(".py")
         if package.endswith(".dist-info"):
             package = package.partition("-")[0]
@@ -227,7 +230,7 @@ def _listed(folder: Path) -> dict[str, int]:
     recorded: set[str] = set()
     for record in sorted(folder.glob("*.dist-info/RECORD")):
         recorded.add(record.parent.name)
-        for line in record.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in _lines(record):
             name, _, rest = line.partition(",")
             if name.endswith(_SUFFIXES) and not name.startswith("../"):
                 num_bytes = rest.rpartition(",")[2]
@@ -240,10 +243,17 @@ def _listed(folder: Path) -> dict[str, int]:
     return sizes
 
 
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
 def _walk(entry: os.DirEntry[str], prefix: str) -> Iterator[tuple[str, int]]:
     if entry.is_dir(follow_symlinks=False):
         if entry.name not in _SKIPPED_FOLDERS and not entry.name.startswith((".", "config-")):
-            with os.scandir(entry.path) as entries:
+            with suppress(OSError), os.scandir(entry.path) as entries:  # a folder that may not be listed is left out
                 for inner in entries:
                     yield from _walk(inner, prefix)
     elif entry.name.endswith((".py", ".md", ".rst", ".txt")) and entry.is_file(follow_symlinks=False):
@@ -272,6 +282,9 @@ def _is_text(data: bytes) -> bool:
     spaces = classes.count(b"s")
     visible = len(classes) - spaces
     if classes.count(b"d") > 0.12 * visible or classes.count(b"l") < 0.55 * visible or spaces < 0.08 * len(classes):
+        return False
+    middle = data[len(data) // 2 :][:_SAMPLE_BYTES]
+    if visible * len(middle) > _MAX_WORD_BYTES * len(middle.split()) * len(classes):
         return False
     end = 0
     while end + _MAX_LINE_BYTES < len(data):

@@ -20,7 +20,9 @@ Format = Literal["text", "jsonl", "parquet"]
 Compression = Literal["gzip", "zstd"]
 
 MIN_SLICE_BYTES = 4096
-SLICES_PER_CORPUS = 64  # small corpora are cut finer than data.slice_bytes, so that windows still mix and some can be held out
+SLICES_PER_CORPUS = (
+    64  # small corpora are cut finer than data.slice_bytes, so that windows still mix and some can be held out
+)
 MIN_SLICES_PER_SOURCE = 8  # a source with fewer (one compressed file, say) is cut into stripes of records
 
 

@@ -243,7 +243,7 @@ def _read_file(file: SourceFile, piece: Slice, text_field: str, s3: S3Section) -
         else:
             start, stop = (piece.start, piece.stop) if len(piece.files) == 1 else (0, size)
             lines = _lines_between(stream, start, stop)
-            yield from _one_text(file, lines, size) if file.format == "text" else _json_lines(file, lines)
+            yield from _one_text(file, lines) if file.format == "text" else _json_lines(file, lines)
 
 
 def _parse(raw: _Raw, text_field: str) -> Document | BadRecord:
@@ -273,36 +273,34 @@ def _parse(raw: _Raw, text_field: str) -> Document | BadRecord:
     return Document(text, uri, position)
 
 
-def _one_text(file: SourceFile, lines: Iterable[tuple[int, bytes | None]], size: int) -> Iterator[_Raw]:
-    first, end, parts = -1, 0, []
+def _one_text(file: SourceFile, lines: Iterable[tuple[int, bytes | None]]) -> Iterator[_Raw]:
+    first, parts = -1, []
     for offset, line in lines:
         first = offset if first < 0 else first
         if line is None:
             yield _Raw(file.uri, first, None, bad=_TOO_LONG)
             return
         parts.append(line)
-        end = offset + len(line)
     if parts:
-        yield _Raw(file.uri, first, b"\n".join(parts) + (b"\n" if end < size else b""))
+        yield _Raw(file.uri, first, b"".join(parts))
 
 
 def _json_lines(file: SourceFile, lines: Iterable[tuple[int, bytes | None]]) -> Iterator[_Raw]:
     for position, line in lines:
         if line is None:
             yield _Raw(file.uri, position, None, bad=_TOO_LONG)
-        elif line and not line.isspace():
+        elif not line.isspace():
             yield _Raw(file.uri, position, line, is_json=True)
 
 
 def _compressed_records(file: SourceFile, stream: pa.NativeFile) -> Iterator[_Raw]:
-    """Text: pieces of whole lines, each at its offset in the unpacked text. JSONL: one record a line, at its number."""
-    lines = _split_lines(_unpacked(stream, file.compression or "gzip"), 0)
-    number, end = 0, 0
+    """JSONL: one record a line, at its number. Text: pieces of whole lines, each at its offset in the unpacked text."""
+    assert file.compression is not None
+    number, start, end = 0, 0, 0
     parts: list[bytes] = []
-    start = 0
     bad: str | None = None
     try:
-        for number, (offset, line) in enumerate(lines, 1):
+        for number, (offset, line) in enumerate(_split_lines(_unpacked(stream, file.compression), 0), 1):
             if file.format == "jsonl":
                 yield from _json_lines(file, [(number, line)])
                 continue
@@ -310,20 +308,20 @@ def _compressed_records(file: SourceFile, stream: pa.NativeFile) -> Iterator[_Ra
                 bad = _TOO_LONG
                 break
             parts.append(line)
-            end = offset + len(line) + 1
+            end = offset + len(line)
             if end - start >= COMPRESSED_TEXT_BYTES:
-                yield _Raw(file.uri, start, b"\n".join(parts) + b"\n")
+                yield _Raw(file.uri, start, b"".join(parts))
                 parts, start = [], end
     except _DamagedError as damage:
         bad = str(damage)
     if parts:
-        yield _Raw(file.uri, start, b"\n".join(parts))
+        yield _Raw(file.uri, start, b"".join(parts))
     if bad is not None:
         yield _Raw(file.uri, number + 1 if file.format == "jsonl" else end, None, bad=bad)
 
 
 def _unpacked(stream: pa.NativeFile, compression: Compression) -> Iterator[bytes]:
-    """Chunks of the unpacked stream, over all its gzip members or zstd frames; raises _DamagedError after the last good.
+    """Chunks of the unpacked stream, over all gzip members or zstd frames; raises _DamagedError after the last good.
 
     Fed in small bites, because both libraries throw away what they unpacked from a bite that turns out damaged.
     """
@@ -357,7 +355,7 @@ def _unpacked(stream: pa.NativeFile, compression: Compression) -> Iterator[bytes
 
 
 def _lines_between(stream: pa.NativeFile, start: int, stop: int) -> Iterator[tuple[int, bytes | None]]:
-    """(offset, line) of the lines that begin in bytes [start, stop): at 0, or after a newline. None: too long a line."""
+    """(offset, line) of the lines that begin in bytes [start, stop), each at 0 or after a newline. None: too long."""
     position = max(start - 1, 0)
     chunks = _chunks(stream, position, stop)
     if start > 0:
@@ -381,31 +379,32 @@ def _chunks(stream: pa.NativeFile, position: int, stop: int) -> Iterator[bytes]:
 
 
 def _split_lines(chunks: Iterable[bytes], offset: int, stop: int | None = None) -> Iterator[tuple[int, bytes | None]]:
-    """(offset, line without its newline) of the lines that begin before `stop`; the line is None where it is too long.
+    """(offset, line with its newline) of the lines that begin before `stop`; the line is None where it is too long.
 
     `offset` is where the chunks begin, which is where a line begins. The last line may lack its newline.
     """
-    held: list[bytes] = []
-    held_bytes = 0
+    held: list[bytes] = []  # the beginning of a line that no chunk has ended yet
+    held_bytes = 0  # its length, also when it is too long to be held
     for chunk in chunks:
         lines = chunk.split(b"\n")
         last = lines.pop()
         for line in lines:
             if stop is not None and offset >= stop:
                 return
-            if held:
-                held.append(line)
-                held_bytes += len(line)
-                line = b"".join(held) if held_bytes <= MAX_LINE_BYTES else None
-            yield offset, line
-            offset += (held_bytes if held else len(line or b"")) + 1
+            line_bytes = held_bytes + len(line) + 1
+            whole = b"".join([*held, line, b"\n"]) if line_bytes <= MAX_LINE_BYTES else None
+            yield offset, whole
+            offset += line_bytes
             held, held_bytes = [], 0
-        if last:
-            held_bytes += len(last)
-            held = [*held, last] if held_bytes <= MAX_LINE_BYTES else [b""]
-            if held_bytes > MAX_LINE_BYTES and stop is not None and offset + held_bytes >= stop:
-                break  # nothing else begins in this range: do not look for the end of it
-    if held and (stop is None or offset < stop):
+        if not last:
+            continue
+        held.append(last)
+        held_bytes += len(last)
+        if held_bytes > MAX_LINE_BYTES:
+            held = []
+            if stop is not None and offset + held_bytes >= stop:
+                break  # no other line begins in this range: do not look for the end of this one
+    if held_bytes and (stop is None or offset < stop):
         yield offset, b"".join(held) if held_bytes <= MAX_LINE_BYTES else None
 
 

@@ -114,7 +114,12 @@ class OneSplitPerDataRank(DataConfig):
         self.tensor_size = tensor_size
 
     def configure(
-        self, datasets: dict[str, Any], world_size: int, worker_handles: Any, worker_node_ids: list[str] | None, **_: Any
+        self,
+        datasets: dict[str, Any],
+        world_size: int,
+        worker_handles: Any,
+        worker_node_ids: list[str] | None,
+        **_: Any,
     ) -> list[dict[str, Any]]:
         data_size = world_size // self.tensor_size
         readers = [worker_node_ids[d * self.tensor_size] for d in range(data_size)] if worker_node_ids else None

@@ -25,7 +25,7 @@ from llm.errors import ModelError
 from llm.parallel.zero import Engine
 from llm.storage import is_s3, join, local_path, write_bytes
 from llm.tokenizer import Tokenizer
-from llm.train.job import Job
+from llm.job import Job
 
 MAX_SHARD = "5GB"
 PROBE_TOKENS = 64
@@ -62,7 +62,9 @@ def export_checkpoint(
 
 
 def _write_weights(weights: dict[str, Tensor], folder: Path) -> None:
-    split = split_torch_state_dict_into_shards(weights, max_shard_size=MAX_SHARD, filename_pattern="model{suffix}.safetensors")
+    split = split_torch_state_dict_into_shards(
+        weights, max_shard_size=MAX_SHARD, filename_pattern="model{suffix}.safetensors"
+    )
     for name, members in split.filename_to_tensors.items():
         save_file({m: weights[m].contiguous() for m in members}, folder / name, metadata={"format": "pt"})
     if split.is_sharded:
@@ -108,7 +110,9 @@ def export_and_check(job: Job, store: CheckpointStore, step: int, engine_logits:
     with tempfile.TemporaryDirectory() as scratch:
         folder = join(scratch, "export") if is_s3(uri) else uri
         export_checkpoint(store, step, job.model_config, job.tokenizer, folder, job.config.s3)
-        model = AutoModelForCausalLM.from_pretrained(local_path(folder), dtype=torch.float32, local_files_only=True).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            local_path(folder), dtype=torch.float32, local_files_only=True
+        ).eval()
         if is_s3(uri):
             _publish(Path(folder), uri, job.config.s3)
     difference = float((model(input_ids=probe_ids(job.model_config)).logits - engine_logits).abs().max())

@@ -59,7 +59,7 @@ def build_model(
                 model = AutoModelForCausalLM.from_config(settings, attn_implementation=attention, dtype=dtype)
             else:
                 model = _load(settings, pretrained, attention, dtype)
-        except (ValueError, ImportError, AttributeError, TypeError, RuntimeError) as error:
+        except (ValueError, ImportError, AttributeError, KeyError, TypeError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise ModelError(f"a {config['model_type']} model cannot be built: {_first_lines(error)}") from error
@@ -94,9 +94,12 @@ def _transformers_config(config: dict[str, Any]) -> PreTrainedConfig:
         raise ModelError(
             "the config asks for quantized weights (quantization_config), which cannot be trained. Use the full weights"
         )
-    settings = {name: value for name, value in config.items() if name not in (*_OUR_ARGUMENTS, "model_type")}
+    settings: dict[str, Any] = {
+        name: value for name, value in config.items() if name not in (*_OUR_ARGUMENTS, "model_type")
+    }
+    settings["use_cache"] = False
     try:
-        return CONFIG_MAPPING[family](**settings | {"use_cache": False})
+        return CONFIG_MAPPING[family](**settings)
     except Exception as error:  # each family validates in its own way, with its own exception classes
         raise ModelError(f"a {family} model refuses its config: {_first_lines(error)}") from error
 
@@ -148,4 +151,6 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _first_lines(error: BaseException) -> str:
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
     return " ".join(line.strip() for line in str(error).splitlines()[:3] if line.strip())

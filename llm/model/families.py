@@ -163,7 +163,7 @@ SET_ELSEWHERE = {
 
 
 def field(config: dict[str, Any], name: str, default: Any = None) -> Any:
-    """The value of `name` (a key of ALIASES) under whichever of its names `config` uses; `default` if absent or null."""
+    """The value of `name`, a key of ALIASES, under the name that `config` uses for it; `default` if absent or null."""
     for alias in ALIASES[name]:
         if config.get(alias) is not None:
             return config[alias]

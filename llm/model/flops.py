@@ -4,9 +4,7 @@
 the loss. Attention counts as full S x S products, without halving for the causal mask (and without a discount for
 sliding windows), as eager attention computes it and as torch's `FlopCounterMode` counts it. The backward pass costs
 twice the forward pass. Activation checkpointing repeats the forward pass but adds no useful FLOPs, so model FLOPs
-utilization (MFU: Chowdhery et al. 2022, PaLM, appendix B) does not count it. The one product that the counter sees and
-these forms leave out is the outer product inside the rotary table: `head_dim` FLOPs a position, once a forward pass,
-under a millionth of any real model.
+utilization (MFU: Chowdhery et al. 2022, PaLM, appendix B) does not count it.
 """
 
 from __future__ import annotations

@@ -33,10 +33,10 @@ def model_inputs(
     `isolate` the row is one causal text and the model gets no mask: padding at its end cannot be seen from before.
 
     With `isolate`, positions restart at each document. That is all the model needs: transformers masks attention
-    between documents wherever positions do not go up by one (eager and sdpa, also within sliding windows;
-    `isolation_problem` tells where it does not). A 4-D mask would be taken too, but added as it is: a boolean one is
-    then silently wrong in eager attention, a float one must match the type of the activations, and either one switches
-    sliding windows off.
+    between documents wherever positions do not go up by one (in eager and sdpa attention, also within sliding windows),
+    for the families in `llm.model.families.ISOLATES`; `check_model` refuses the others. A 4-D mask would be taken too,
+    but used as it is: a boolean one is silently wrong in eager attention, which adds it, a float one must have the type
+    of the activations, and either switches sliding windows off.
 
     Example: ids [5 6 7 8 9 0], segments [1 1 2 2 2 0], isolate -> input_ids [5 6 7 8 9], position_ids [0 1 0 1 2],
     labels [6 7 8 9 0], valid [1 0 1 1 0].

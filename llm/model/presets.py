@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from llm.config import ModelSection
@@ -146,7 +146,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def model_config(section: ModelSection, vocab_size: int | None, read_json: Callable[[str], bytes]) -> dict[str, Any]:
-    """The config of the model that will be built: a new dict in the keys of its family, with `section.config` laid over it.
+    """The config of the model that will be built: a new dict in the keys of its family, `section.config` laid over it.
 
     `vocab_size`, when given, is the number of rows of the embedding of a model with random weights; an explicit
     `section.config["vocab_size"]` wins, and pretrained weights keep theirs. `read_json` gets `<path>/config.json` and
@@ -179,8 +179,8 @@ def _from_folder(section: ModelSection, read_json: Callable[[str], bytes]) -> di
         content = read_json(file)
     except OSError as error:
         raise ModelError(
-            f"model.path={section.path!r} has no readable config.json ({error}). Name a folder written by save_pretrained, "
-            f"or use model.preset, one of {', '.join(PRESETS)}"
+            f"model.path={section.path!r} has no readable config.json ({error}). Name a folder written by "
+            f"save_pretrained, or use model.preset, one of {', '.join(PRESETS)}"
         ) from error
     try:
         config = json.loads(content)
@@ -204,20 +204,29 @@ def _own_name(config: dict[str, Any], name: str) -> str:
                 return used[0]
     if name in known:
         return name
-    names = known | {first for first, *_ in ALIASES.values()} - SET_ELSEWHERE.keys()
-    raise ModelError(f"model.config.{name} is no key of a {config['model_type']} model. {_nearest(name, names)}")
+    legal = known - SET_ELSEWHERE.keys()
+    raise ModelError(f"model.config.{name} is no key of a {config['model_type']} model. {_nearest(name, legal)}")
 
 
-def _nearest(name: str, legal: Any) -> str:
+def _nearest(name: str, legal: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, sorted(legal), n=1, cutoff=0.0)
     return f"Nearest legal name: {close[0]}"
 
 
-def check_model(config: dict[str, Any], *, tensor: int, vocab_size: int, seq_len: int) -> list[tuple[str, str]]:
-    """Every rule between the model, the tokenizer, the rows and the tensor group that is broken: (key to change, message).
+def check_model(
+    config: dict[str, Any],
+    *,
+    tensor: int,
+    vocab_size: int,
+    seq_len: int,
+    isolate: bool = False,
+    attention: str = "sdpa",
+) -> list[tuple[str, str]]:
+    """Every broken rule between the model, the tokenizer, the rows and the tensor group: (key to change, message).
 
     `vocab_size` is the tokenizer's number of ids, `seq_len` the tokens a row that the model predicts, `tensor` the size
-    of a tensor group. Sizes that `config` leaves to its family's defaults are not checked.
+    of a tensor group, `isolate` whether documents of a row are kept apart. Sizes that `config` leaves to its family's
+    defaults are not checked. An odd vocabulary needs no check: DeepSpeed splits the output matrix unevenly and right.
     """
     found: list[tuple[str, str]] = []
     rows = field(config, "vocab_size")
@@ -226,8 +235,8 @@ def check_model(config: dict[str, Any], *, tensor: int, vocab_size: int, seq_len
         found.append(
             (
                 "model.config.vocab_size",
-                f"the tokenizer has {vocab_size} ids, the model's vocabulary {rows}: it must hold every id. Nearest legal value: "
-                f"{vocab_size} ({near} divides by 64). Or use a tokenizer with at most {rows} ids",
+                f"the tokenizer has {vocab_size} ids, the model's vocabulary {rows}: it must hold every id. Nearest "
+                f"legal value: {vocab_size} ({near} divides by 64). Or use a tokenizer with at most {rows} ids",
             )
         )
     positions = field(config, "max_position_embeddings")
@@ -235,12 +244,28 @@ def check_model(config: dict[str, Any], *, tensor: int, vocab_size: int, seq_len
         found.append(
             (
                 "data.seq_len",
-                f"data.seq_len={seq_len} is longer than the model's {positions} positions. Nearest legal value: {positions}. "
-                f"Or set model.config.max_position_embeddings={seq_len}"
-                + (" (its position table then starts untrained)" if config["model_type"] in ("gpt2", "opt") else ""),
+                f"data.seq_len={seq_len} is longer than the model's {positions} positions. Nearest legal value: "
+                f"{positions}. Or set model.config.max_position_embeddings={seq_len}",
             )
         )
-    return found + _shape_problems(config) + (_tensor_problems(config, tensor) if tensor > 1 else [])
+    found += _shape_problems(config)
+    if isolate:
+        found += _isolation_problems(config["model_type"], attention)
+    if tensor > 1:
+        found += _tensor_problems(config, tensor)
+    return found
+
+
+def _isolation_problems(family: str, attention: str) -> list[tuple[str, str]]:
+    if family not in ISOLATES:
+        rule = f"a {family} model does not keep documents apart by their positions"
+        hint = f". Families that do: {', '.join(sorted(ISOLATES))}"
+    elif attention not in ("eager", "sdpa"):
+        rule = f"model.attention={attention} keeps documents apart only in microbatches of one row"
+        hint = ". Or set model.attention=sdpa"
+    else:
+        return []
+    return [("data.isolate_documents", f"{rule}. Nearest legal value: data.isolate_documents=false{hint}")]
 
 
 def _shape_problems(config: dict[str, Any]) -> list[tuple[str, str]]:
@@ -277,10 +302,9 @@ def _tensor_problems(config: dict[str, Any], tensor: int) -> list[tuple[str, str
                 f"Families that can be split: {', '.join(sorted(TENSOR_PARALLEL))}",
             )
         ]
-    heads = field(config, "num_attention_heads")
     sizes = {
-        "num_attention_heads": heads,
-        "num_key_value_heads": field(config, "num_key_value_heads", heads),
+        "num_attention_heads": field(config, "num_attention_heads"),
+        "num_key_value_heads": field(config, "num_key_value_heads"),
         "intermediate_size": field(config, "intermediate_size"),
     }
     found: list[tuple[str, str]] = []
@@ -289,8 +313,8 @@ def _tensor_problems(config: dict[str, Any], tensor: int) -> list[tuple[str, str
             found.append(
                 (
                     "parallel.tensor",
-                    f"parallel.tensor={tensor} must divide {name}={size}. Nearest legal values: {_divisors(size, tensor)}. "
-                    f"Or set model.config.{name} to one of {_multiples(size, tensor)}",
+                    f"parallel.tensor={tensor} must divide {name}={size}. Nearest legal values: "
+                    f"{_divisors(size, tensor)}. Or set model.config.{name} to one of {_multiples(size, tensor)}",
                 )
             )
     return found

@@ -47,7 +47,8 @@ class RunWatcher:
         report = write_report(self._rows, self.folder, title=self.settings["run"]["name"], config=self.settings)
         if is_s3(self.run_uri):
             for name in ("report.html", "loss.png"):
-                write_bytes(join(self.run_uri, name), (self.folder / name).read_bytes(), self.s3)
+                if (self.folder / name).exists():
+                    write_bytes(join(self.run_uri, name), (self.folder / name).read_bytes(), self.s3)
         print_summary(summarize(self._rows, {"metrics": join(self.run_uri, "metrics.jsonl"), "report": str(report)}))
 
     def abandon(self) -> None:

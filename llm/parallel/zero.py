@@ -90,7 +90,9 @@ class Engine:
         self.stage = parallel.zero_stage
         self.precision: Precision = precision
         self.grad_clip = train.grad_clip
-        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        )
         self.full_shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         # Undoes DeepSpeed's two averages, see the module's docstring.
         self._loss_factor = float(mesh.data_size * microbatches)
@@ -187,7 +189,9 @@ def _optimizer_factory(
         return lambda groups: torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum)
     on_gpu = torch.cuda.is_available()
     if parallel.offload != "none" and on_gpu:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled on first use; several times faster than torch's on the CPU
+        from deepspeed.ops.adam import (
+            DeepSpeedCPUAdam,
+        )  # compiled on first use; several times faster than torch's on the CPU
 
         return lambda groups: DeepSpeedCPUAdam(groups, lr=train.lr, betas=train.betas, eps=train.eps, adamw_mode=True)
     return lambda groups: torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=on_gpu)

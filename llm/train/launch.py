@@ -18,13 +18,13 @@ import ray.data
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
-from ray.train.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from llm.data.stream import OneSplitPerDataRank, Quarantine, sequences
 from llm.data.window import Recipe
 from llm.errors import HeadraceError, TrainingError
 from llm.storage import join
-from llm.train.job import Job
+from llm.job import Job
 from llm.train.worker import DATASET, work
 
 
@@ -54,7 +54,14 @@ class WorkerResources:
     gpus: float
 
 
-def fit(job: Job, recipe: Recipe, resources: WorkerResources, ray_folder: str, watch: Callable[[], None], poll_s: float = 0.5) -> None:
+def fit(
+    job: Job,
+    recipe: Recipe,
+    resources: WorkerResources,
+    ray_folder: str,
+    watch: Callable[[], None],
+    poll_s: float = 0.5,
+) -> None:
     """Runs the job to its end; `watch` is called every `poll_s` meanwhile, and once after.
 
     Ray's trainer runs in a thread: in the main thread it would take over Ctrl-C, which here ends the run within seconds. Raises the
@@ -69,7 +76,9 @@ def fit(job: Job, recipe: Recipe, resources: WorkerResources, ray_folder: str, w
             use_gpu=resources.gpus > 0,
             resources_per_worker={"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})},
         ),
-        run_config=RunConfig(name=job.config.run.name, storage_path=ray_folder, failure_config=FailureConfig(max_failures=0)),
+        run_config=RunConfig(
+            name=job.config.run.name, storage_path=ray_folder, failure_config=FailureConfig(max_failures=0)
+        ),
         datasets={DATASET: partial(_open_stream, job, recipe)},  # pyright: ignore[reportArgumentType]
         dataset_config=OneSplitPerDataRank(job.config.parallel.tensor),
     )

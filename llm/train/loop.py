@@ -22,7 +22,7 @@ from llm.model.build import build_model, enable_activation_checkpointing
 from llm.parallel.mesh import Mesh
 from llm.parallel.zero import Engine, best_precision
 from llm.state import TrainState
-from llm.train.job import Job
+from llm.job import Job
 from llm.train.optimizer import param_groups
 from llm.train.recorder import Recorder, StepTimes
 from llm.train.schedule import lr_factor
@@ -49,8 +49,11 @@ def train(job: Job, mesh: Mesh, blocks: Iterable[Block] | None, start: TrainStat
     device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     recorder = Recorder(job, on=mesh.rank == 0, device_name=device_name, precision=precision)
     try:
+        began_s = time.perf_counter()
         engine = build_engine(job, mesh)
-        recorder.event("phase", name="model and engine built")
+        recorder.event(
+            "phase", name="building the model and the engine", phase_s=round(time.perf_counter() - began_s, 2)
+        )
         store = CheckpointStore(job.run_uri, config.s3)
         parallel = config.parallel
         layout = Layout(parallel.workers, parallel.tensor, parallel.zero_stage, precision, config.train.optimizer)
@@ -93,7 +96,9 @@ def build_engine(job: Job, mesh: Mesh) -> Engine:
     return engine
 
 
-def steps(job: Job, engine: Engine, batches: Iterable[Batch], state: TrainState) -> Iterator[tuple[TrainState, StepResult, StepTimes]]:
+def steps(
+    job: Job, engine: Engine, batches: Iterable[Batch], state: TrainState
+) -> Iterator[tuple[TrainState, StepResult, StepTimes]]:
     """Each step's new state, its result (tensors, not yet read) and its times. The time of a step ends where the next begins to wait for
     data, so what the consumer does in between is not counted."""
     source = iter(batches)
@@ -115,7 +120,13 @@ def steps(job: Job, engine: Engine, batches: Iterable[Batch], state: TrainState)
 
 
 def _train_and_save(
-    job: Job, engine: Engine, recorder: Recorder, batches: Iterable[Batch], store: CheckpointStore, layout: Layout, start: TrainState
+    job: Job,
+    engine: Engine,
+    recorder: Recorder,
+    batches: Iterable[Batch],
+    store: CheckpointStore,
+    layout: Layout,
+    start: TrainState,
 ) -> TrainState:
     config, state, saved_step = job.config, start, start.step
     if start.step == 0:
@@ -160,7 +171,9 @@ def _evaluate(job: Job, engine: Engine, recorder: Recorder, step: int) -> None:
     recorder.evaluation(step, loss, tokens)
 
 
-def _save(engine: Engine, recorder: Recorder, store: CheckpointStore, layout: Layout, state: TrainState, keep: int) -> None:
+def _save(
+    engine: Engine, recorder: Recorder, store: CheckpointStore, layout: Layout, state: TrainState, keep: int
+) -> None:
     began_s = time.perf_counter()
     uri = save_checkpoint(engine, state, layout, store, keep)
     recorder.event("checkpoint", step=state.step, path=uri, took_s=round(time.perf_counter() - began_s, 3))
@@ -175,5 +188,3 @@ def _export(job: Job, engine: Engine, recorder: Recorder, store: CheckpointStore
         if done.sample is not None:
             recorder.event("sample", prompt=job.config.export.sample_prompt, text=done.sample)
     dist.barrier()
-
-

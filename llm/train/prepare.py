@@ -19,7 +19,7 @@ from llm.errors import ConfigError, DataError
 from llm.model.presets import check_model, model_config
 from llm.storage import is_s3, join, local_path, read_bytes, write_bytes
 from llm.tokenizer import load_tokenizer
-from llm.train.job import Job
+from llm.job import Job
 
 # Held-out slices are chosen to hold this many bytes a token: enough for any language, little enough to leave the rest for training.
 EVAL_BYTES_PER_TOKEN = 8

@@ -14,7 +14,7 @@ from llm.metrics_file import UploadSink
 from llm.model.flops import flops_per_token, peak_flops
 from llm.state import TrainState
 from llm.storage import exists, is_s3, join, read_bytes, write_bytes
-from llm.train.job import Job
+from llm.job import Job
 from llm.train.step import StepResult
 
 
@@ -29,7 +29,7 @@ class Recorder:
 
     def __init__(self, job: Job, *, on: bool, device_name: str, precision: str) -> None:
         self.job = job
-        self._pending: list[tuple[TrainState, TrainState, StepResult, StepTimes, float]] = []
+        self._pending: list[tuple[TrainState, TrainState, StepResult, StepTimes, float, float]] = []
         self._writer = _open_writer(job) if on else None
         per_token = flops_per_token(job.model_config, job.config.data.seq_len)
         peak = peak_flops(device_name, precision)
@@ -39,9 +39,9 @@ class Recorder:
     def elapsed_s(self) -> float:
         return max(0.0, time.time() - self.job.started_at_s)
 
-    def event(self, name: str, **fields: object) -> None:
+    def event(self, event: str, **fields: object) -> None:
         if self._writer is not None:
-            self._writer.write(event_row(name, elapsed_s=self.elapsed_s(), **fields))
+            self._writer.write(event_row(event, elapsed_s=self.elapsed_s(), **fields))
 
     def evaluation(self, step: int, loss: float, tokens: int) -> None:
         if self._writer is not None:
@@ -53,14 +53,14 @@ class Recorder:
             self._writer.truncate_after(step)
 
     def step(self, before: TrainState, after: TrainState, result: StepResult, times: StepTimes, lr: float) -> None:
-        self._pending.append((before, after, result, times, lr))
+        self._pending.append((before, after, result, times, lr, self.elapsed_s()))
         if after.step % self.job.config.log.every_steps == 0:
             self.flush()
 
     def flush(self) -> None:
         """Writes the pending rows. Raises TrainingError, on every rank, where a loss is not finite."""
         pending, self._pending = self._pending, []
-        for before, after, result, times, lr in pending:
+        for before, after, result, times, lr, elapsed_s in pending:
             loss = float(result.loss)
             if self._writer is not None:
                 tokens_per_s = (after.tokens - before.tokens) / times.step_s
@@ -74,7 +74,7 @@ class Recorder:
                     grad_norm=float(result.grad_norm),
                     step_s=times.step_s,
                     mfu=tokens_per_s * self._mfu_factor if self._mfu_factor else None,
-                    elapsed_s=self.elapsed_s(),
+                    elapsed_s=elapsed_s,
                     epoch=after.cursor.epoch,
                     window=after.cursor.window,
                     offset=after.cursor.offset,

@@ -20,7 +20,7 @@ from llm.errors import TrainingError
 from llm.observe.quiet import quiet_worker
 from llm.parallel.mesh import Mesh
 from llm.storage import is_s3, join, local_path
-from llm.train.job import Job
+from llm.job import Job
 
 DATASET = "train"
 

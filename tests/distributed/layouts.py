@@ -77,13 +77,21 @@ def unequal_rows(num_rows: int, seq_len: int, seed: int = 0) -> tuple[np.ndarray
     return ids, segments
 
 
-def blocks_of(ids: np.ndarray, segments: np.ndarray, rank_rows: int, data_rank: int, data_size: int) -> Iterator[dict[str, np.ndarray]]:
+def blocks_of(
+    ids: np.ndarray, segments: np.ndarray, rank_rows: int, data_rank: int, data_size: int
+) -> Iterator[dict[str, np.ndarray]]:
     """Block j of rank_rows rows goes to data rank j mod data_size."""
     for first in range(data_rank * rank_rows, len(ids), rank_rows * data_size):
         rows = slice(first, first + rank_rows)
         position = np.stack([np.zeros(rank_rows), np.zeros(rank_rows), np.arange(first, first + rank_rows)], axis=1)
         nothing = np.zeros(rank_rows, dtype=np.int32)
-        yield {"ids": ids[rows], "segments": segments[rows], "position": position.astype(np.int64), "records": nothing, "bad": nothing}
+        yield {
+            "ids": ids[rows],
+            "segments": segments[rows],
+            "position": position.astype(np.int64),
+            "records": nothing,
+            "bad": nothing,
+        }
 
 
 def run_ranks(target: Any, world_size: int, *args: Any) -> list[Any]:
@@ -120,7 +128,9 @@ def run_ranks(target: Any, world_size: int, *args: Any) -> list[Any]:
         return results
 
 
-def _rank_main(sender: Any, target: Any, rank: int, world_size: int, port: int, scratch: str, args: tuple[Any, ...]) -> None:
+def _rank_main(
+    sender: Any, target: Any, rank: int, world_size: int, port: int, scratch: str, args: tuple[Any, ...]
+) -> None:
     log = Path(scratch) / f"rank-{rank}.log"
     quiet = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(quiet, 1)
@@ -163,7 +173,7 @@ def run_layout(config: RunConfig, model_config: dict[str, Any], seed: int = 0) -
 def make_job(config: RunConfig, model_config: dict[str, Any], run_uri: str = "/none") -> Any:
     from llm.data.pack import Rows
     from llm.tokenizer import Tokenizer
-    from llm.train.job import Job
+    from llm.job import Job
 
     empty = np.zeros((0, config.data.seq_len + 1), dtype=np.int32)
     return Job(config, run_uri, model_config, Tokenizer("none", VOCAB, 0, "<eos>", {}), Rows(empty, empty), 0.0)

@@ -19,7 +19,7 @@ def clean(text: str, **keys: bool | int) -> str | None:
     [
         ("cafÃ© â€œquotedâ€\x9d", "café “quoted”"),
         ("cafe\u0301", "café"),
-        ("\ufeffa\u200bb\u00ad\x00c\x7f\x9b", "abc"),
+        ("\ufeffa\u200bb\u00ad\x00c\x7f\x81", "abc"),
         ("page\x0cnext", "page\nnext"),
         ("a\r\nb\rc", "a\nb\nc"),
         ("a  \t\nb \n", "a\nb"),
@@ -72,14 +72,18 @@ def test_counts_say_what_was_done() -> None:
 
 
 # Characters that the steps act on, so that they meet each other often.
-troublesome = st.sampled_from("aAé \t\n\r\x00\x0b\x0c\x85\x9f\xa0\u00ad\u0301\u200b\u200d\u2028\ufeff\ud800\udc00ÃÂâ€©™¢İΣ가")
+troublesome = st.sampled_from(
+    "aAé \t\n\r\x00\x0b\x0c\x85\x9f\xa0\u00ad\u0301\u200b\u200d\u2028\ufeff\ud800\udc00ÃÂâ€©™¢İΣ가"
+)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(troublesome | st.characters()), st.booleans())
 def test_cleaning_twice_is_cleaning_once(text: str, lowercase: bool) -> None:
     once = clean(text, lowercase=lowercase, min_chars=0)
-    assert once is not None and once.encode() and clean(once, lowercase=lowercase, min_chars=0) == once or once == ""
+    assert once is not None
+    once.encode()
+    assert clean(once, lowercase=lowercase, min_chars=0) == once
 
 
 @settings(max_examples=100, deadline=None)

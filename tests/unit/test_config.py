@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.config import RunConfig
-from llm.config_file import MAY_CHANGE, config_differences, dump_run, load_run
+from llm.config_file import MAY_CHANGE, config_differences, dump_run, load_run, parse_run
 from llm.errors import ConfigError
 
 REPO = Path(__file__).resolve().parents[2]
@@ -305,6 +305,12 @@ def test_the_error_survives_pickling(load) -> None:
     with pytest.raises(ConfigError) as caught:
         load(GOOD, "train.steps=0")
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # noqa: S301 - what Ray does between processes
+
+
+def test_a_text_is_read_as_a_file_is(load) -> None:
+    assert parse_run(GOOD, "the recorded run", ["run.seed=5"]) == load(GOOD, "run.seed=5")
+    with pytest.raises(ConfigError, match="^the recorded run has 1 problem:"):
+        parse_run(GOOD, "the recorded run", ["run.sed=5"])
 
 
 def test_a_loaded_run_never_changes(load) -> None:

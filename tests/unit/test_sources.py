@@ -56,7 +56,17 @@ def plain(size_bytes: int, name: str = "a.txt") -> SourceFile:
 
 
 def test_a_folder_lists_known_visible_nonempty_files_sorted(tmp_path: Path) -> None:
-    for name in ("b.txt", "a/z.md", "a/y.jsonl.zst", "x.JSONL", "c.py.gz", "no.bin", ".hidden.txt", ".git/x.txt", "noext"):
+    for name in (
+        "b.txt",
+        "a/z.md",
+        "a/y.jsonl.zst",
+        "x.JSONL",
+        "c.py.gz",
+        "no.bin",
+        ".hidden.txt",
+        ".git/x.txt",
+        "noext",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "empty.txt").touch()

@@ -65,7 +65,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(StorageError, match="cannot write: No space left on device. Free some space"):
+    with pytest.raises(StorageError, match=r"cannot write: No space left on device. Free some space"):
         storage.write_bytes(str(target), b"new", S3)
     assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]
 
@@ -103,7 +103,9 @@ def aws_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("aws_keys")
 @pytest.mark.parametrize("call", [storage.read_bytes, storage.exists, storage.find_files])
 def test_an_endpoint_that_refuses_fails_soon(call) -> None:
-    with socket.socket() as unused:  # bound but not listening: connections are refused, and nobody else can take the port
+    with (
+        socket.socket() as unused
+    ):  # bound but not listening: connections are refused, and nobody else can take the port
         unused.bind(("127.0.0.1", 0))
         s3 = S3Section(endpoint_url=f"http://127.0.0.1:{unused.getsockname()[1]}")
         started_s = time.monotonic()
@@ -120,3 +122,13 @@ def test_an_endpoint_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         with pytest.raises(StorageError, match=f"cannot connect to {endpoint}"):
             storage.open_storage("s3://bucket/key", S3)
+
+
+@pytest.mark.usefixtures("aws_keys")
+def test_an_endpoint_that_accepts_and_says_nothing_fails_soon() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        s3 = S3Section(endpoint_url=f"http://127.0.0.1:{mute.getsockname()[1]}", connect_timeout_s=1)
+        started_s = time.monotonic()
+        with pytest.raises(StorageError, match="timed out"):
+            storage.read_bytes("s3://bucket/key", s3)
+        assert time.monotonic() - started_s < 5

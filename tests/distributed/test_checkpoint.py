@@ -1,0 +1,83 @@
+"""A run that is cut in two by a checkpoint ends exactly as the uncut one."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from llm.checkpoint.store import CheckpointStore
+from llm.config import S3Section
+from llm.errors import CheckpointError
+from tests.distributed.layouts import blocks_of, llama, make_config, make_job, run_ranks, unequal_rows
+
+STEPS, CUT = 8, 4
+
+
+def _train(rank: int, world_size: int, config, run_uri: str, model=None) -> str:
+    """Trains to config.train.steps from the newest checkpoint; a hash over this rank's weights and moments."""
+    import torch.distributed as dist
+
+    from llm.checkpoint.fragments import owned_fragments, tensors_of
+    from llm.checkpoint.newest import newest_state
+    from llm.parallel.mesh import Mesh
+    from llm.train import loop
+
+    mesh = Mesh(rank, world_size, config.parallel.tensor)
+    job = make_job(config, model or llama(), run_uri)
+    state = newest_state(CheckpointStore(run_uri, S3Section()))
+    ids, segments = unequal_rows(STEPS * config.train.batch_rows, config.data.seq_len)
+    first = state.step * config.train.batch_rows
+    blocks = None
+    if mesh.tensor_rank == 0:
+        blocks = blocks_of(ids[first:], segments[first:], config.rank_rows, mesh.data_rank, mesh.data_size)
+    engines = []
+    build = loop.build_engine
+    loop.build_engine = lambda *args: engines.append(build(*args)) or engines[0]
+    loop.train(job, mesh, blocks, state)
+    digest = hashlib.sha256()
+    for fragment in owned_fragments(engines[0]):
+        for key, value in sorted(tensors_of(engines[0], fragment).items()):
+            digest.update(f"{fragment.name}|{key}".encode() + value.detach().contiguous().numpy().tobytes())
+    dist.barrier()
+    return digest.hexdigest()
+
+
+def _config(steps: int, workers: int, tensor: int, stage: int, **train):
+    return make_config(
+        parallel={"workers": workers, "tensor": tensor, "zero_stage": stage},
+        train={"steps": steps, "microbatch_rows": 2, "schedule": "constant", **train},
+    )
+
+
+@pytest.mark.parametrize(
+    ("workers", "tensor", "stage"), [(2, 1, 0), (2, 1, 1), (2, 1, 2), (2, 1, 3), (4, 2, 1), (2, 2, 3)]
+)
+def test_resumed_equals_uninterrupted(tmp_path, workers, tensor, stage):
+    whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
+    expected = run_ranks(_train, workers, _config(STEPS, workers, tensor, stage), whole)
+    run_ranks(_train, workers, _config(CUT, workers, tensor, stage), cut)
+    resumed = run_ranks(_train, workers, _config(STEPS, workers, tensor, stage), cut)
+    assert resumed == expected
+    assert CheckpointStore(cut, S3Section()).steps() == [STEPS, CUT]
+
+
+def test_momentum_survives_too(tmp_path):
+    config = {"optimizer": "sgd", "lr": 0.1}
+    expected = run_ranks(_train, 2, _config(STEPS, 2, 1, 1, **config), str(tmp_path / "whole"))
+    run_ranks(_train, 2, _config(CUT, 2, 1, 1, **config), str(tmp_path / "cut"))
+    assert run_ranks(_train, 2, _config(STEPS, 2, 1, 1, **config), str(tmp_path / "cut")) == expected
+
+
+def test_another_layout_and_a_damaged_file_are_refused_by_name(tmp_path):
+    run = str(tmp_path / "run")
+    run_ranks(_train, 2, _config(CUT, 2, 1, 1), run)
+    with pytest.raises(CheckpointError, match="zero_stage=1 there, 2 here"):
+        run_ranks(_train, 2, _config(STEPS, 2, 1, 2), run)
+    damaged = Path(run) / "checkpoints" / f"step-{CUT:08d}" / "rank-00001.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"rank-00001\.safetensors is damaged"):
+        run_ranks(_train, 2, _config(STEPS, 2, 1, 1), run)
