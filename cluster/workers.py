@@ -31,7 +31,5 @@ def plan_workers(workers: int, tensor: int, cluster_gpus: float) -> WorkerPlan:
     if 0 < cluster_gpus < workers:
         legal = int(cluster_gpus) // tensor * tensor
         fix = f"Nearest legal value: parallel.workers={legal}" if legal else f"Lower parallel.tensor={tensor} too"
-        raise ClusterError(
-            f"parallel.workers={workers} needs {workers} GPUs, and the cluster has {cluster_gpus:g}. {fix}."
-        )
+        raise ClusterError(f"parallel.workers={workers} needs {workers} GPUs, and the cluster has {cluster_gpus:g}. {fix}.")
     return WorkerPlan(workers, 1.0, 1.0 if cluster_gpus else 0.0)

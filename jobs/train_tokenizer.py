@@ -28,14 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     except HeadraceError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    fewer = (
-        ""
-        if tokenizer.vocab_size == options.vocab_size
-        else f" (asked for {options.vocab_size}: the text yields no more)"
-    )
-    print(
-        f"{options.out}: {options.kind}, {tokenizer.vocab_size} tokens{fewer}, fingerprint {tokenizer.fingerprint[:12]}"
-    )
+    fewer = "" if tokenizer.vocab_size == options.vocab_size else f" (asked for {options.vocab_size}: the text yields no more)"
+    print(f"{options.out}: {options.kind}, {tokenizer.vocab_size} tokens{fewer}, fingerprint {tokenizer.fingerprint[:12]}")
     return 0
 
 
@@ -70,15 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="where tokenizer.json is saved, local or s3://")
     parser.add_argument("--kind", choices=get_args(TokenizerKind), default="bpe", help="default: %(default)s")
-    parser.add_argument(
-        "--vocab-size", type=int, default=4096, metavar="N", help="tokens at most; default: %(default)s"
-    )
-    parser.add_argument(
-        "--text-field", default="text", metavar="NAME", help="of JSON and Parquet records; default: %(default)s"
-    )
-    parser.add_argument(
-        "--max-mb", type=float, default=100, metavar="MB", help="MB of text to read; default: %(default)s"
-    )
+    parser.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="tokens at most; default: %(default)s")
+    parser.add_argument("--text-field", default="text", metavar="NAME", help="of JSON and Parquet records; default: %(default)s")
+    parser.add_argument("--max-mb", type=float, default=100, metavar="MB", help="MB of text to read; default: %(default)s")
     return parser
 
 

@@ -23,39 +23,39 @@ class Section(BaseModel):
 
 class RunSection(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
-    storage: str = Field("runs", min_length=1, description="a folder, or s3://bucket/prefix")
-    seed: int = Field(0, ge=0, lt=2**63)
+    storage: str = Field(default="runs", min_length=1, description="a folder, or s3://bucket/prefix")
+    seed: int = Field(default=0, ge=0, lt=2**63)
     if_finished: Literal["stop", "again"] = Field(
-        "stop", description="what the same command does after the run has ended: say so, or train anew as NAME-2, NAME-3, ..."
+        default="stop", description="what the same command does after the run has ended: say so, or train anew as NAME-2, NAME-3, ..."
     )
 
 
 class S3Section(Section):
     """Where s3:// is. Credentials never stand here: they come from the environment, a profile or the instance's role."""
 
-    endpoint_url: str | None = Field(None, pattern=r"^https?://", description="None: AWS_ENDPOINT_URL or AWS itself")
+    endpoint_url: str | None = Field(default=None, pattern=r"^https?://", description="None: AWS_ENDPOINT_URL or AWS itself")
     region: str | None = None
-    connect_timeout_s: float = Field(10, gt=0)
-    request_timeout_s: float = Field(60, gt=0)
+    connect_timeout_s: float = Field(default=10, gt=0)
+    request_timeout_s: float = Field(default=60, gt=0)
 
 
 class ModelSection(Section):
-    preset: str | None = Field(None, description="a name from llm/model/presets.py")
-    path: str | None = Field(None, description="a Hugging Face folder: config.json, with or without weights")
+    preset: str | None = Field(default=None, description="a name from llm/model/presets.py")
+    path: str | None = Field(default=None, description="a Hugging Face folder: config.json, with or without weights")
     config: dict[str, Any] = Field(default_factory=dict, description="keys of the model's own config to override")
     init: Literal["random", "pretrained"] = "random"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
 
 
 class TokenizerSection(Section):
-    path: str = Field(BUILTIN, min_length=1, description="a tokenizer.json, a folder that holds one, or 'builtin'")
-    eos: str | None = Field(None, description="the token that ends a document; None: as the tokenizer's own files say")
+    path: str = Field(default=BUILTIN, min_length=1, description="a tokenizer.json, a folder that holds one, or 'builtin'")
+    eos: str | None = Field(default=None, description="the token that ends a document; None: as the tokenizer's own files say")
 
 
 class SourceSection(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
     uri: str = Field(min_length=1, description="a file, folder or glob, local or s3://; or 'builtin'")
-    weight: float | None = Field(None, gt=0, description="share of the stream; None for all sources: by their bytes")
+    weight: float | None = Field(default=None, gt=0, description="share of the stream; None for all sources: by their bytes")
     text_field: str = "text"
 
 
@@ -64,25 +64,25 @@ class CleanSection(Section):
     strip_control: bool = True
     normalize_whitespace: bool = True
     lowercase: bool = False
-    min_chars: int = Field(1, ge=0)
+    min_chars: int = Field(default=1, ge=0)
 
 
 class DataSection(Section):
     seq_len: int = Field(ge=2, description="tokens a row that the model predicts; a row holds seq_len + 1 ids")
     sources: list[SourceSection] = Field(min_length=1)
     clean: CleanSection = CleanSection()
-    isolate_documents: bool = Field(False, description="attention and loss stop at document boundaries; positions restart")
-    slice_bytes: int = Field(1 << 20, ge=4096, description="how much of a source one slice reads, at most")
-    window_slices: int = Field(4, ge=1, description="slices that are mixed, packed and shuffled together")
-    windows_ahead: int = Field(2, ge=1, description="windows tokenized at once, ahead of training")
-    max_bad_frac: float = Field(0.01, ge=0, le=1, description="unreadable records above which the run stops, as a fraction")
+    isolate_documents: bool = Field(default=False, description="attention and loss stop at document boundaries; positions restart")
+    slice_bytes: int = Field(default=1 << 20, ge=4096, description="how much of a source one slice reads, at most")
+    window_slices: int = Field(default=4, ge=1, description="slices that are mixed, packed and shuffled together")
+    windows_ahead: int = Field(default=2, ge=1, description="windows tokenized at once, ahead of training")
+    max_bad_frac: float = Field(default=0.01, ge=0, le=1, description="unreadable records above which the run stops, as a fraction")
 
 
 class ParallelSection(Section):
-    workers: int = Field(1, ge=1)
-    tensor: int = Field(1, ge=1, description="workers that share one copy of the model's matrices")
+    workers: int = Field(default=1, ge=1)
+    tensor: int = Field(default=1, ge=1, description="workers that share one copy of the model's matrices")
     zero_stage: Literal[0, 1, 2, 3] = 1
-    offload: Literal["none", "optimizer", "all"] = Field("none", description="ZeRO offload to CPU memory; all: weights too")
+    offload: Literal["none", "optimizer", "all"] = Field(default="none", description="ZeRO offload to CPU memory; all: weights too")
 
     @property
     def data_size(self) -> int:
@@ -92,41 +92,41 @@ class ParallelSection(Section):
 class TrainSection(Section):
     steps: int = Field(ge=1)
     batch_rows: int = Field(ge=1, description="sequences a step, over all data ranks")
-    microbatch_rows: int | Literal["auto"] = Field("auto", description="sequences a forward pass on one data rank")
+    microbatch_rows: int | Literal["auto"] = Field(default="auto", description="sequences a forward pass on one data rank")
     optimizer: Literal["adamw", "sgd", "muon"] = "adamw"
     lr: float = Field(gt=0)
-    min_lr_frac: float = Field(0.1, ge=0, le=1, description="the last step's learning rate, as a fraction of lr")
+    min_lr_frac: float = Field(default=0.1, ge=0, le=1, description="the last step's learning rate, as a fraction of lr")
     schedule: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
-    warmup_steps: int = Field(0, ge=0)
-    decay_frac: float = Field(0.2, gt=0, le=1, description="wsd: the fraction of the steps in which the rate decays")
+    warmup_steps: int = Field(default=0, ge=0)
+    decay_frac: float = Field(default=0.2, gt=0, le=1, description="wsd: the fraction of the steps in which the rate decays")
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1, description="sgd only")
-    weight_decay: float = Field(0.1, ge=0, description="on matrices; never on norms, biases")
-    grad_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
+    eps: float = Field(default=1e-8, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="sgd only")
+    weight_decay: float = Field(default=0.1, ge=0, description="on matrices; never on norms, biases")
+    grad_clip: float = Field(default=1.0, ge=0, description="largest gradient norm; 0: no clipping")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     activation_checkpointing: bool = False
-    compile: bool = Field(False, description="torch.compile; needs a GPU")
+    compile: bool = Field(default=False, description="torch.compile; needs a GPU")
 
 
 class CheckpointSection(Section):
-    every_steps: int = Field(0, ge=0, description="0: only after the last step")
-    keep: int = Field(3, ge=1)
+    every_steps: int = Field(default=0, ge=0, description="0: only after the last step")
+    keep: int = Field(default=3, ge=1)
 
 
 class EvalSection(Section):
-    every_steps: int = Field(0, ge=0, description="0: before the first and after the last step only")
-    rows: int = Field(64, ge=0, description="held-out sequences; 0: no evaluation, nothing held out")
+    every_steps: int = Field(default=0, ge=0, description="0: before the first and after the last step only")
+    rows: int = Field(default=64, ge=0, description="held-out sequences; 0: no evaluation, nothing held out")
 
 
 class ExportSection(Section):
     enabled: bool = True
     sample_prompt: str = "The "
-    sample_tokens: int = Field(64, ge=0, le=4096)
+    sample_tokens: int = Field(default=64, ge=0, le=4096)
 
 
 class LogSection(Section):
-    every_steps: int = Field(1, ge=1, description="steps between two progress lines; metrics.jsonl has every step")
+    every_steps: int = Field(default=1, ge=1, description="steps between two progress lines; metrics.jsonl has every step")
     tensorboard: bool = True
     mlflow_uri: str | None = None
     wandb_project: str | None = None
@@ -189,8 +189,7 @@ def cross_checks(config: RunConfig) -> list[tuple[str, str]]:
         found.append(
             (
                 "train.warmup_steps",
-                f"train.warmup_steps={train.warmup_steps} must be under train.steps={train.steps}. "
-                f"Nearest legal value: {train.steps - 1}",
+                f"train.warmup_steps={train.warmup_steps} must be under train.steps={train.steps}. Nearest legal value: {train.steps - 1}",
             )
         )
     if parallel.offload != "none" and parallel.zero_stage == 0:

@@ -178,9 +178,7 @@ def _apply(raw: dict[Any, Any], override: str, set_here: list[KeyPath], problems
         place[index] = value
         set_here.append((*path, index))
     except _NotYamlError as error:
-        problems.append(
-            Problem(("--set",), f"--set {override!r} has a value that cannot be read{error}. Put it in quotes")
-        )
+        problems.append(Problem(("--set",), f"--set {override!r} has a value that cannot be read{error}. Put it in quotes"))
     except LookupError as error:
         problems.append(Problem(("--set",), f"--set {override!r}: {error.args[0]}"))
 
@@ -216,9 +214,7 @@ def _parse(text: str, problems: list[Problem], lines: dict[KeyPath, int]) -> Any
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise _NotYamlError(
-            f"{line}: not valid YAML: {', '.join(filter(None, (error.context, error.problem)))}"
-        ) from None
+        raise _NotYamlError(f"{line}: not valid YAML: {', '.join(filter(None, (error.context, error.problem)))}") from None
     except yaml.YAMLError as error:
         raise _NotYamlError(f": not valid YAML: {str(error).splitlines()[0]}") from None
     except RecursionError:
@@ -227,9 +223,7 @@ def _parse(text: str, problems: list[Problem], lines: dict[KeyPath, int]) -> Any
         raise _NotYamlError(f": not valid YAML: {error}") from None
 
 
-def _note_keys(
-    node: yaml.Node, path: KeyPath, problems: list[Problem], lines: dict[KeyPath, int], is_open: dict[int, bool]
-) -> None:
+def _note_keys(node: yaml.Node, path: KeyPath, problems: list[Problem], lines: dict[KeyPath, int], is_open: dict[int, bool]) -> None:
     if id(node) in is_open:  # an alias: noted where its anchor stands
         if is_open[id(node)]:
             raise _NotYamlError(f", line {node.start_mark.line + 1}: not valid YAML: an anchor that holds itself")

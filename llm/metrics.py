@@ -91,9 +91,7 @@ METRICS: dict[str, Metric] = {
         Metric("lr", "learning rate", "the rate that this update used"),
         Metric("grad_norm", "L2 norm", "global norm of the gradient of loss, before clipping"),
         Metric("step_s", "s", "wall time of the step, waiting for data included, evaluation and checkpoints not"),
-        Metric(
-            "mfu", "fraction of peak", "model FLOPs of the step / (step_s x peak FLOP/s of all devices)", nullable=True
-        ),
+        Metric("mfu", "fraction of peak", "model FLOPs of the step / (step_s x peak FLOP/s of all devices)", nullable=True),
         Metric(
             "elapsed_s",
             "s",
@@ -101,9 +99,7 @@ METRICS: dict[str, Metric] = {
             ("step", "event"),
         ),
         Metric("epoch", "epochs", "cursor after this step: passes over the corpus that are complete", type=int),
-        Metric(
-            "window", "windows", "cursor after this step: window of the epoch that the next sequence is in", type=int
-        ),
+        Metric("window", "windows", "cursor after this step: window of the epoch that the next sequence is in", type=int),
         Metric("offset", "sequences", "cursor after this step: sequences of that window that are consumed", type=int),
         Metric(
             "peak_memory_gib",
@@ -112,9 +108,7 @@ METRICS: dict[str, Metric] = {
             optional=True,
             nullable=True,
         ),
-        Metric(
-            "eval_loss", "nats per token", "sum of -ln p(target) over the held-out tokens / their number", ("eval",)
-        ),
+        Metric("eval_loss", "nats per token", "sum of -ln p(target) over the held-out tokens / their number", ("eval",)),
         Metric("perplexity", "1", "exp(eval_loss)", ("eval",)),
         Metric("eval_tokens", "tokens", "held-out real tokens that eval_loss is the mean of", ("eval",), int),
     )
@@ -206,11 +200,7 @@ def row_problems(row: Mapping[str, Any]) -> list[str]:
         elif not metric.optional:
             problems.append(f"{name} is missing")
     if kind != "event":  # an event may carry any field
-        problems += [
-            f"{name} is not a metric of a {kind} row"
-            for name in row
-            if name not in expected | dict.fromkeys(_EXTRA_KEYS)
-        ]
+        problems += [f"{name} is not a metric of a {kind} row" for name in row if name not in expected | dict.fromkeys(_EXTRA_KEYS)]
     return problems
 
 
@@ -294,9 +284,7 @@ class MetricsWriter:
 
 
 def _line(row: Row) -> bytes:
-    return (
-        json.dumps(row, allow_nan=False, ensure_ascii=False, separators=(", ", ": ")).encode("utf-8", "replace") + b"\n"
-    )
+    return json.dumps(row, allow_nan=False, ensure_ascii=False, separators=(", ", ": ")).encode("utf-8", "replace") + b"\n"
 
 
 def _stays(row: Row | None, step: int) -> bool:

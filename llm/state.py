@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from llm.data.order import Cursor
@@ -12,7 +12,7 @@ from llm.data.order import Cursor
 class TrainState:
     step: int = 0  # optimizer updates done
     tokens: int = 0  # predicted tokens so far, over all ranks: padding and masked positions not counted
-    cursor: Cursor = Cursor()  # the next sequence of the global order
+    cursor: Cursor = field(default_factory=Cursor)  # the next sequence of the global order
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

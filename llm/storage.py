@@ -32,9 +32,7 @@ from llm.config import S3Section
 from llm.errors import StorageError
 
 S3_PREFIX = "s3://"
-S3_ATTEMPTS = (
-    6  # with exponential waits, about 20 s: longer than a throttled bucket, shorter than a collective's time-out
-)
+S3_ATTEMPTS = 6  # with exponential waits, about 20 s: longer than a throttled bucket, shorter than a collective's time-out
 _GLOB_CHARS = re.compile(r"[*?\[]")
 
 
@@ -59,9 +57,7 @@ def open_storage(uri: str, s3: S3Section) -> tuple[pafs.FileSystem, str]:
     with storage_errors(uri, s3):
         endpoint = _endpoint(s3)
         resolve = bucket if endpoint is None and s3.region is None else None
-        filesystem = _s3_filesystem(
-            endpoint, s3.region, resolve, s3.connect_timeout_s, s3.request_timeout_s, _aws_environment()
-        )
+        filesystem = _s3_filesystem(endpoint, s3.region, resolve, s3.connect_timeout_s, s3.request_timeout_s, _aws_environment())
     return filesystem, f"{bucket}/{key}" if key else bucket
 
 
@@ -75,9 +71,7 @@ def local_path(uri: str) -> str:
     if not separator:
         return os.path.abspath(Path(uri).expanduser())  # noqa: PTH100 (Path.resolve would follow links)
     if scheme != "file":
-        raise StorageError(
-            f"{uri}: {scheme}:// is not supported. Legal: a local path, file:///path or s3://bucket/key."
-        )
+        raise StorageError(f"{uri}: {scheme}:// is not supported. Legal: a local path, file:///path or s3://bucket/key.")
     if not rest.startswith("/"):
         raise StorageError(f"{uri}: a file URI needs an absolute path. Nearest legal form: file:///{rest}")
     return unquote(rest)
@@ -235,11 +229,7 @@ def _nearest_bucket(bucket: str, s3: S3Section) -> str:
     except Exception:  # most keys may not list buckets: then there is no suggestion
         names = []
     near = difflib.get_close_matches(bucket, names, n=1)
-    return (
-        f"Nearest existing bucket: {near[0]!r}"
-        if near
-        else "Create it first, or correct the name; buckets are never created here"
-    )
+    return f"Nearest existing bucket: {near[0]!r}" if near else "Create it first, or correct the name; buckets are never created here"
 
 
 def _without_noise(error: Exception) -> str:
@@ -451,7 +441,5 @@ def _children(folder: str, s3: S3Section) -> list[str]:
     bucket, key = split_s3(folder)
     prefix = key + "/" if key else ""
     page = s3_client(s3).list_objects_v2(Bucket=bucket, Prefix=prefix, Delimiter="/")
-    keys = [item["Key"] for item in page.get("Contents", [])] + [
-        item["Prefix"] for item in page.get("CommonPrefixes", [])
-    ]
+    keys = [item["Key"] for item in page.get("Contents", [])] + [item["Prefix"] for item in page.get("CommonPrefixes", [])]
     return sorted(key.removeprefix(prefix).rstrip("/") for key in keys)

@@ -96,26 +96,18 @@ def load_tokenizer(path: str, eos: str | None = None, s3: S3Section | None = Non
     data = storage.read_bytes(uri, s3)
     built, content = _parse(data, uri)
     others: dict[str, bytes] = {}
-    if (
-        uri.rpartition("/")[2] == TOKENIZER_JSON
-    ):  # files beside a tokenizer of another name may belong to another tokenizer
+    if uri.rpartition("/")[2] == TOKENIZER_JSON:  # files beside a tokenizer of another name may belong to another tokenizer
         for name in (CONFIG_JSON, *_OTHER_FILES):
             other = storage.join(folder, name)
             if storage.exists(other, s3):
                 others[name] = storage.read_bytes(other, s3)
-    configs = {
-        name: _json_object(other, storage.join(folder, name))
-        for name, other in others.items()
-        if name.endswith(".json")
-    }
+    configs = {name: _json_object(other, storage.join(folder, name)) for name, other in others.items() if name.endswith(".json")}
     eos_token = _find_eos(built, content, configs, eos, path)
     exported = {name: others[name] for name in _EXPORTED if name in others}
     return _tokenizer(built, content, data, eos_token, configs.get(CONFIG_JSON, {}), exported)
 
 
-def train_tokenizer(
-    texts: Iterator[str], kind: TokenizerKind = "bpe", vocab_size: int = 4096, *, min_frequency: int = 2
-) -> Tokenizer:
+def train_tokenizer(texts: Iterator[str], kind: TokenizerKind = "bpe", vocab_size: int = 4096, *, min_frequency: int = 2) -> Tokenizer:
     """A tokenizer trained on `texts`; the same texts in the same order give the same tokenizer, byte for byte.
 
     It has fewer than `vocab_size` tokens, special ones included, where the texts do not yield more. `bpe` works on
@@ -126,8 +118,7 @@ def train_tokenizer(
     least = len(special_tokens(kind)) + (256 if kind == "bpe" else 8)
     if vocab_size < least:
         raise TokenizerError(
-            f"vocab_size={vocab_size} is too small: a {kind} tokenizer has at least {least} tokens.\n"
-            f"  Nearest legal value: {least}"
+            f"vocab_size={vocab_size} is too small: a {kind} tokenizer has at least {least} tokens.\n  Nearest legal value: {least}"
         )
     first = next((text for text in texts if text.strip()), None)
     if first is None:
@@ -192,23 +183,17 @@ def _json_object(data: bytes, uri: str) -> dict[str, Any]:
     try:
         content = json.loads(data.decode("utf-8-sig"))
     except ValueError as error:
-        raise TokenizerError(
-            f"{uri} is not JSON: {error}.\n  Give a tokenizer.json or a folder that holds one."
-        ) from error
+        raise TokenizerError(f"{uri} is not JSON: {error}.\n  Give a tokenizer.json or a folder that holds one.") from error
     if not isinstance(content, dict):
         raise TokenizerError(f"{uri} must hold a JSON object, not a {type(content).__name__}.")
     return content
 
 
-def _find_eos(
-    built: tokenizers.Tokenizer, content: dict[str, Any], configs: dict[str, dict[str, Any]], eos: str | None, path: str
-) -> str:
+def _find_eos(built: tokenizers.Tokenizer, content: dict[str, Any], configs: dict[str, dict[str, Any]], eos: str | None, path: str) -> str:
     if eos is not None:
         if built.token_to_id(eos) is not None:
             return eos
-        raise TokenizerError(
-            f"tokenizer.eos={eos!r} is not a token of {path}.\n  Nearest tokens: {_nearest(built, content, eos)}"
-        )
+        raise TokenizerError(f"tokenizer.eos={eos!r} is not a token of {path}.\n  Nearest tokens: {_nearest(built, content, eos)}")
     for name in (CONFIG_JSON, "special_tokens_map.json"):
         token = configs.get(name, {}).get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token

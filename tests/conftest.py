@@ -43,9 +43,7 @@ def _left_over() -> list[psutil.Process]:
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
         # Python's own helpers live exactly as long as the process that started them: this one.
-        if process.pid in children and (
-            "multiprocessing.resource_tracker" in line or "multiprocessing.forkserver" in line
-        ):
+        if process.pid in children and ("multiprocessing.resource_tracker" in line or "multiprocessing.forkserver" in line):
             continue
         found.append(process)
     return found

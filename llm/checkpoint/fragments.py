@@ -37,6 +37,7 @@ class Fragment:
 def owned_fragments(engine: Engine) -> Iterator[Fragment]:
     """This rank's fragments, in parameter order. At stage 0 data ranks own the same: the first one's are saved."""
     zero = engine.optimizer
+    parameter: Any  # DeepSpeed hangs ds_* attributes on it
     for number, (name, parameter) in enumerate(engine.module.named_parameters()):
         full = engine.full_shapes[name]
         part = tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -16,9 +16,7 @@ from typing import Any
 
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
-WEIGHT = (
-    "weight"  # the key of a fragment that is a part of a parameter; other keys are the optimizer's own (exp_avg, ...)
-)
+WEIGHT = "weight"  # the key of a fragment that is a part of a parameter; other keys are the optimizer's own (exp_avg, ...)
 
 _STEP = re.compile(r"^step-(\d{8,})$")
 

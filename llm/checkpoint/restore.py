@@ -33,9 +33,7 @@ def restore_checkpoint(engine: Engine, state: TrainState, layout: Layout, store:
     tensors, index = _read_rank(store, state.step, rank, files)
     for fragment in owned_fragments(engine):
         if index.fragments.get(fragment.name) != fragment.index:
-            raise CheckpointError(
-                f"checkpoint {step_folder(state.step)} holds another part of {fragment.name} than this rank owns."
-            )
+            raise CheckpointError(f"checkpoint {step_folder(state.step)} holds another part of {fragment.name} than this rank owns.")
         fragment.of(fragment.flat).copy_(tensors[f"{fragment.name}|{WEIGHT}"])
         entry = optimizer_state(engine, fragment)
         for key, value in index.counters.get(str(fragment.group), {}).items():
@@ -61,9 +59,7 @@ def read_full_weights(store: CheckpointStore, step: int) -> Iterator[tuple[str, 
         tensors, index = _read_rank(store, step, rank, files)
         for name, fragment in index.fragments.items():
             about[name] = fragment
-            part = parts.setdefault(name, {}).setdefault(
-                index.tensor_rank, torch.full(fragment.part_shape, float("nan"))
-            )
+            part = parts.setdefault(name, {}).setdefault(index.tensor_rank, torch.full(fragment.part_shape, float("nan")))
             part.view(-1)[fragment.start : fragment.start + fragment.numel] = tensors[f"{name}|{WEIGHT}"]
     for name, by_tensor_rank in parts.items():
         ordered = [by_tensor_rank[rank] for rank in sorted(by_tensor_rank)]

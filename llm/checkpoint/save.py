@@ -75,9 +75,7 @@ def _write_rank(engine: Engine, folder: str, store: CheckpointStore) -> dict[str
 
 def _fingerprints_of_all(engine: Engine, mine: dict[str, Fingerprint]) -> dict[str, Fingerprint]:
     """What every rank wrote, by file name, on every rank: as numbers, since objects would travel as pickle."""
-    row = torch.zeros(
-        (2, 8 + 32), dtype=torch.uint8
-    )  # weights and index: size (8 bytes), SHA-256; a size of 0: wrote nothing
+    row = torch.zeros((2, 8 + 32), dtype=torch.uint8)  # weights and index: size (8 bytes), SHA-256; a size of 0: wrote nothing
     for i, name in enumerate(rank_files(engine.mesh.rank)):
         if name in mine:
             raw = int(mine[name]["size_bytes"]).to_bytes(8, "little") + bytes.fromhex(str(mine[name]["sha256"]))
@@ -96,9 +94,7 @@ def _fingerprints_of_all(engine: Engine, mine: dict[str, Fingerprint]) -> dict[s
 def _state_json(engine: Engine, state: TrainState, layout: Layout) -> bytes:
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     scale: dict[str, Any] = (
-        {key: value for key, value in vars(scaler).items() if isinstance(value, int | float | bool)}
-        if scaler is not None
-        else {}
+        {key: value for key, value in vars(scaler).items() if isinstance(value, int | float | bool)} if scaler is not None else {}
     )
     return json.dumps({"train": state.to_json(), "layout": asdict(layout), "loss_scaler": scale}, indent=1).encode()
 
@@ -120,7 +116,5 @@ def _together(write: Callable[[], T], rank: int) -> T:
     if error is not None:
         raise CheckpointError(f"rank {rank} could not write its part of the checkpoint: {error}") from error
     if int(failed):
-        raise CheckpointError(
-            f"{int(failed)} ranks could not write their part of the checkpoint; their messages say why."
-        )
+        raise CheckpointError(f"{int(failed)} ranks could not write their part of the checkpoint; their messages say why.")
     return result  # pyright: ignore[reportReturnType]

@@ -69,9 +69,7 @@ class CheckpointStore:
         """A file's bytes, once its size and SHA-256 are those of the manifest."""
         uri = join(self.uri, step_folder(step), name)
         if name not in files:
-            raise CheckpointError(
-                f"{uri} is not in the checkpoint's manifest: it was saved by fewer workers than restore it now."
-            )
+            raise CheckpointError(f"{uri} is not in the checkpoint's manifest: it was saved by fewer workers than restore it now.")
         data = read_bytes(uri, self.s3)
         if len(data) != files[name]["size_bytes"] or hashlib.sha256(data).hexdigest() != files[name]["sha256"]:
             raise CheckpointError(

@@ -11,6 +11,7 @@ import queue
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +23,7 @@ from llm.errors import DataError, TrainingError
 from llm.parallel.mesh import Mesh
 
 BATCHES_AHEAD = 2
-MIN_RECORDS_JUDGED = (
-    1000  # data.max_bad_frac is a fraction of at least this many records, so that one early bad record ends no run
-)
+MIN_RECORDS_JUDGED = 1000  # data.max_bad_frac is a fraction of at least this many records, so that one early bad record ends no run
 
 Block = Mapping[str, np.ndarray]
 
@@ -44,7 +43,7 @@ class DataGroups:
 
     def __init__(self, mesh: Mesh) -> None:
         self.world = dist.new_group(backend="gloo")
-        self.tensor = None
+        self.tensor: Any = None
         self.first_rank = mesh.tensor_group[0]
         if mesh.tensor_size > 1:
             for first in range(0, mesh.world_size, mesh.tensor_size):
@@ -56,7 +55,8 @@ class DataGroups:
 class BatchFetcher:
     """Iterates exactly `num_batches` batches, fetched by a thread that starts at once, while the caller builds its model.
 
-    `blocks` gives `rank_rows` rows each, on tensor rank 0 only (None on its peers). Iterating raises DataError where the corpus ends too early or too many records are bad, on every rank, so that none waits for another.
+    `blocks` gives `rank_rows` rows each, on tensor rank 0 only (None on its peers). Iterating raises DataError where the corpus ends too
+    early or too many records are bad, on every rank, so that none waits for another.
     """
 
     def __init__(
@@ -116,9 +116,7 @@ class BatchFetcher:
         """The batch that this rank's block is a part of, once all ranks have told what they hold."""
         mesh, groups = self._mesh, self._groups
         rows = torch.zeros(self._shape, dtype=torch.int32)
-        facts = torch.zeros(
-            7, dtype=torch.int64
-        )  # has a block, predicted tokens, epoch, window, next offset, records, bad ones
+        facts = torch.zeros(7, dtype=torch.int64)  # has a block, predicted tokens, epoch, window, next offset, records, bad ones
         if block is not None and len(block["ids"]) == self._shape[1]:
             rows[0] = torch.from_numpy(np.array(block["ids"], dtype=np.int32))
             rows[1] = torch.from_numpy(np.array(block["segments"], dtype=np.int32))
@@ -134,9 +132,7 @@ class BatchFetcher:
         cursor = Cursor(int(readers[-1, 2]), int(readers[-1, 3]), int(readers[-1, 4]))
         predicted = int(readers[:, 1].sum())
         if predicted == 0:
-            raise TrainingError(
-                f"the batch before {cursor} has no token to predict: all its documents are one token long."
-            )
+            raise TrainingError(f"the batch before {cursor} has no token to predict: all its documents are one token long.")
         return Batch(rows[0], rows[1], predicted, cursor)
 
     def _check(self, readers: Tensor) -> None:

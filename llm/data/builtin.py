@@ -86,9 +86,7 @@ def prepare_builtin(
     return BuiltinCorpus(folder, manifest["num_documents"], manifest["text_bytes"], elapsed_s, cached)
 
 
-def prepare_builtin_tokenizer(
-    corpus_folder: Path = CORPUS_FOLDER, folder: Path = TOKENIZER_FOLDER, vocab_size: int = 4096
-) -> Path:
+def prepare_builtin_tokenizer(corpus_folder: Path = CORPUS_FOLDER, folder: Path = TOKENIZER_FOLDER, vocab_size: int = 4096) -> Path:
     """`folder`, holding a byte-level BPE tokenizer of the corpus in `corpus_folder`; trained on a sample if not there.
 
     It is trained anew when the corpus or `vocab_size` is not the one it was trained on. Raises DataError when
@@ -97,8 +95,7 @@ def prepare_builtin_tokenizer(
     corpus = _manifest(corpus_folder)
     if corpus is None:
         raise DataError(
-            f"{corpus_folder} holds no builtin corpus to train a tokenizer on.\n"
-            "  Write it first: python -m jobs.prepare --builtin"
+            f"{corpus_folder} holds no builtin corpus to train a tokenizer on.\n  Write it first: python -m jobs.prepare --builtin"
         )
     key = {
         "what": "headrace builtin tokenizer",
@@ -174,9 +171,7 @@ def _sample(corpus_folder: Path, max_text_bytes: int) -> Iterator[str]:
             yield text
 
 
-def _made_once(
-    folder: Path, key: dict[str, Any], write: Callable[[Path], dict[str, Any]]
-) -> tuple[dict[str, Any], bool]:
+def _made_once(folder: Path, key: dict[str, Any], write: Callable[[Path], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
     """The manifest of what is in `folder`, and whether it was there; `write` fills a new folder, returns its counts.
 
     What an older version of Headrace wrote there is replaced; anything else that is in the way is an error.

@@ -38,8 +38,7 @@ def _seen_as(first: int, last: int) -> str:
 # than asking it. The blank, \x1a, \ufffd and ? stand where a program has replaced a byte.
 _MORE = f"[{_seen_as(0x80, 0xBF)} \x1a\ufffd?]"
 _MAYBE_MISTAKEN = re.compile(
-    f"[{_seen_as(0xC2, 0xDF)}]{_MORE}|[{_seen_as(0xE0, 0xEF)}]{_MORE}{{2}}"
-    f"|[{_seen_as(0xF0, 0xF4)}]{_MORE}{{3}}|[\x1a\x80-\x9f]"
+    f"[{_seen_as(0xC2, 0xDF)}]{_MORE}|[{_seen_as(0xE0, 0xEF)}]{_MORE}{{2}}|[{_seen_as(0xF0, 0xF4)}]{_MORE}{{3}}|[\x1a\x80-\x9f]"
 )
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -48,9 +47,7 @@ _PAGE_END = re.compile("[\x0b\x0c\x85]")  # vertical tab, form feed, next line: 
 # joins nothing: soft hyphen, zero-width space, word joiner and invisible operators, byte order mark, interlinear marks,
 # noncharacters. The zero-width joiner and non-joiner stay, for emoji, Persian and the Indic scripts are spelt with
 # them; direction marks stay for Arabic and Hebrew.
-_CONTROL = re.compile(
-    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u200b\u2060-\u2064\ufeff\ufff9-\ufffb\ufdd0-\ufdef\ufffe\uffff]"
-)
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u200b\u2060-\u2064\ufeff\ufff9-\ufffb\ufdd0-\ufdef\ufffe\uffff]")
 _BLANK_LINES = re.compile("\n{4,}")
 _MAX_ROUNDS = 8  # one is nearly always enough; a removed character can bring together two that a step then changes
 
@@ -71,9 +68,7 @@ class Cleaner:
             "lowercase": str.lower,
         }
         self.min_chars = section.min_chars
-        self.counts = dict.fromkeys(
-            ("documents", "chars_in", "chars_out", "lone_surrogates", *steps, "dropped_short"), 0
-        )
+        self.counts = dict.fromkeys(("documents", "chars_in", "chars_out", "lone_surrogates", *steps, "dropped_short"), 0)
         self._steps = [(name, step) for name, step in steps.items() if getattr(section, name)]
 
     def clean(self, text: str) -> str | None:

@@ -20,9 +20,7 @@ Format = Literal["text", "jsonl", "parquet"]
 Compression = Literal["gzip", "zstd"]
 
 MIN_SLICE_BYTES = 4096
-SLICES_PER_CORPUS = (
-    64  # small corpora are cut finer than data.slice_bytes, so that windows still mix and some can be held out
-)
+SLICES_PER_CORPUS = 64  # small corpora are cut finer than data.slice_bytes, so that windows still mix and some can be held out
 MIN_SLICES_PER_SOURCE = 8  # a source with fewer (one compressed file, say) is cut into stripes of records
 
 
@@ -124,9 +122,7 @@ class CorpusPlan:
         return start.epoch + epochs, window
 
 
-def plan_corpus(
-    slices: dict[str, list[Slice]], weights: dict[str, float | None], *, window_slices: int, seed: int
-) -> CorpusPlan:
+def plan_corpus(slices: dict[str, list[Slice]], weights: dict[str, float | None], *, window_slices: int, seed: int) -> CorpusPlan:
     """The plan of a corpus from the slices of each source. Without weights every source gives each of its slices once an epoch; with
     them an epoch has as many slots as the corpus has slices, shared by weight (largest remainders), at least one a source.
 

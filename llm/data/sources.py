@@ -25,9 +25,7 @@ from llm.data.order import MIN_SLICES_PER_SOURCE, Compression, Format, Slice, So
 from llm.errors import DataError
 
 MAX_LINE_BYTES = 64 << 20  # a longer line is a broken file: it is skipped without being held in memory
-COMPRESSED_TEXT_BYTES = (
-    1 << 20
-)  # a compressed text file that unpacks to more becomes several documents of about this size
+COMPRESSED_TEXT_BYTES = 1 << 20  # a compressed text file that unpacks to more becomes several documents of about this size
 _CHUNK_BYTES = 4 << 20
 _TAIL_BYTES = 64 << 10  # read at a time beyond a slice's end, to finish its last line
 _BITE_BYTES = 1 << 10  # compressed bytes unpacked at a time: a bomb expands to at most 32 MiB of memory
@@ -102,8 +100,7 @@ def list_files(source: SourceSection, s3: S3Section) -> list[SourceFile]:
         names = ", ".join(file.uri.rpartition("/")[2] for file in found[:3])
         more = ", ..." if len(found) > 3 else ""
         raise DataError(
-            f"{where}: {len(found)} files ({names}{more}), but all are empty or have no known extension.\n"
-            f"  Known extensions: {_KNOWN}"
+            f"{where}: {len(found)} files ({names}{more}), but all are empty or have no known extension.\n  Known extensions: {_KNOWN}"
         )
     near = storage.nearest_uri(source.uri, s3)
     hint = f"Nearest existing name: {near}. " if near else ""
@@ -147,9 +144,7 @@ def _with_row_groups(file: SourceFile, text_field: str, s3: S3Section) -> Source
 def _is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    return any(
-        is_kind(kind) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    ) or (
+    return any(is_kind(kind) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)) or (
         pa.types.is_binary(kind) or pa.types.is_large_binary(kind)  # older writers did not mark strings as text
     )
 

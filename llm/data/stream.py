@@ -72,7 +72,7 @@ def sequences(
     num_windows = 2 + int(num_rows * row_bytes / max(1.0, recipe.plan.bytes_per_window))
     shared = ray.put(recipe)
 
-    def tokenize(batch: dict[str, np.ndarray]) -> Iterator[dict[str, Any]]:
+    def tokenize(batch: Any) -> Iterator[Any]:
         held = ray.get(shared)
         for number in batch["id"].tolist():
             yield from _window_block(held, cursor, number, quarantine)

@@ -17,9 +17,7 @@ from llm.data.pack import Rows, pack, shuffled
 from llm.data.sources import BadRecord, read_slice
 from llm.tokenizer import Tokenizer
 
-TOKENIZE_DOCUMENTS = (
-    256  # documents given to the tokenizer at once: enough to amortize the call, little enough to bound memory
-)
+TOKENIZE_DOCUMENTS = 256  # documents given to the tokenizer at once: enough to amortize the call, little enough to bound memory
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,16 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llm.checkpoint.restore import read_full_weights
 from llm.checkpoint.store import CheckpointStore
 from llm.config import S3Section
 from llm.errors import ModelError
+from llm.job import Job
 from llm.parallel.zero import Engine
 from llm.storage import is_s3, join, local_path, write_bytes
 from llm.tokenizer import Tokenizer
-from llm.job import Job
 
 MAX_SHARD = "5GB"
 PROBE_TOKENS = 64
@@ -51,8 +52,7 @@ def export_checkpoint(
         _write_weights(dict(read_full_weights(store, step)), folder)
         settings = {key: value for key, value in model_config.items() if key != "model_type"}
         config = AutoConfig.for_model(model_config["model_type"], **settings)
-        kind = AutoModelForCausalLM._model_mapping[type(config)]  # pyright: ignore[reportIndexIssue]
-        config.architectures = [kind.__name__]
+        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_config["model_type"]]]
         config.eos_token_id = tokenizer.eos_id
         config.dtype = "float32"
         config.save_pretrained(folder)
@@ -62,9 +62,7 @@ def export_checkpoint(
 
 
 def _write_weights(weights: dict[str, Tensor], folder: Path) -> None:
-    split = split_torch_state_dict_into_shards(
-        weights, max_shard_size=MAX_SHARD, filename_pattern="model{suffix}.safetensors"
-    )
+    split = split_torch_state_dict_into_shards(weights, max_shard_size=MAX_SHARD, filename_pattern="model{suffix}.safetensors")
     for name, members in split.filename_to_tensors.items():
         save_file({m: weights[m].contiguous() for m in members}, folder / name, metadata={"format": "pt"})
     if split.is_sharded:
@@ -110,9 +108,7 @@ def export_and_check(job: Job, store: CheckpointStore, step: int, engine_logits:
     with tempfile.TemporaryDirectory() as scratch:
         folder = join(scratch, "export") if is_s3(uri) else uri
         export_checkpoint(store, step, job.model_config, job.tokenizer, folder, job.config.s3)
-        model = AutoModelForCausalLM.from_pretrained(
-            local_path(folder), dtype=torch.float32, local_files_only=True
-        ).eval()
+        model = AutoModelForCausalLM.from_pretrained(local_path(folder), dtype=torch.float32, local_files_only=True).eval()
         if is_s3(uri):
             _publish(Path(folder), uri, job.config.s3)
     difference = float((model(input_ids=probe_ids(job.model_config)).logits - engine_logits).abs().max())

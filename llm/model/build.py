@@ -70,8 +70,7 @@ def enable_activation_checkpointing(model: PreTrainedModel) -> None:
     """Makes `model` keep only each layer's input for the backward pass and compute the rest again: the same numbers."""
     if not model.supports_gradient_checkpointing:
         raise ModelError(
-            f"{type(model).__name__} cannot recompute its activations. "
-            "Nearest legal value: train.activation_checkpointing=false"
+            f"{type(model).__name__} cannot recompute its activations. Nearest legal value: train.activation_checkpointing=false"
         )
     how = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):
@@ -87,16 +86,10 @@ def _transformers_config(config: dict[str, Any]) -> PreTrainedConfig:
     family = config.get("model_type")
     if not isinstance(family, str) or family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         near = difflib.get_close_matches(str(family), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=1, cutoff=0.0)
-        raise ModelError(
-            f"model_type={family!r} is no causal language model of transformers. Nearest legal name: {near[0]}"
-        )
+        raise ModelError(f"model_type={family!r} is no causal language model of transformers. Nearest legal name: {near[0]}")
     if config.get("quantization_config") is not None:
-        raise ModelError(
-            "the config asks for quantized weights (quantization_config), which cannot be trained. Use the full weights"
-        )
-    settings: dict[str, Any] = {
-        name: value for name, value in config.items() if name not in (*_OUR_ARGUMENTS, "model_type")
-    }
+        raise ModelError("the config asks for quantized weights (quantization_config), which cannot be trained. Use the full weights")
+    settings: dict[str, Any] = {name: value for name, value in config.items() if name not in (*_OUR_ARGUMENTS, "model_type")}
     settings["use_cache"] = False
     try:
         return CONFIG_MAPPING[family](**settings)

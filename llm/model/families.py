@@ -63,8 +63,8 @@ WHY_NOT_SPLIT = {
     "falcon": "DeepSpeed's AutoTP cuts its fused query-key-value matrix into the wrong shapes",
 }
 
-# Position ids that restart keep documents apart, bit for bit as if each stood alone (to 1e-5, fp32), in eager and sdpa
-# attention. Known not to: opt and biogpt (positions counted anew from the mask), bloom and mpt (alibi).
+# Position ids that restart keep documents apart: each gives the logits that it gives alone (to 1e-5 in fp32, in eager
+# and sdpa attention). Known not to: opt and biogpt (positions counted anew from the mask), bloom and mpt (alibi).
 ISOLATES = frozenset(
     {
         "apertus",

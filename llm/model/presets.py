@@ -276,16 +276,14 @@ def _shape_problems(config: dict[str, Any]) -> list[tuple[str, str]]:
         found.append(
             (
                 "model.config.hidden_size",
-                f"hidden_size={hidden} cannot be split over num_attention_heads={heads}. Nearest legal values: "
-                f"{_multiples(hidden, heads)}",
+                f"hidden_size={hidden} cannot be split over num_attention_heads={heads}. Nearest legal values: {_multiples(hidden, heads)}",
             )
         )
     if heads and groups and heads % groups:
         found.append(
             (
                 "model.config.num_key_value_heads",
-                f"num_attention_heads={heads} cannot share num_key_value_heads={groups}. Nearest legal values: "
-                f"{_divisors(heads, groups)}",
+                f"num_attention_heads={heads} cannot share num_key_value_heads={groups}. Nearest legal values: {_divisors(heads, groups)}",
             )
         )
     return found

@@ -36,9 +36,7 @@ def loss_chart(rows: Sequence[Row], title: str) -> bytes:
         axes.plot(steps, losses, color=BLUE, linewidth=2, marker=marker, markersize=4, label="training loss")
     eval_steps, eval_losses = _series(rows_of(rows, "eval"), "eval_loss")
     if eval_steps:
-        axes.plot(
-            eval_steps, eval_losses, color=ORANGE, linestyle="", marker="D", markersize=6, zorder=4, label="eval loss"
-        )
+        axes.plot(eval_steps, eval_losses, color=ORANGE, linestyle="", marker="D", markersize=6, zorder=4, label="eval loss")
         _label_ends(axes, eval_steps, eval_losses)
     _mark_restarts(axes, rows)
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color="#1f2933")

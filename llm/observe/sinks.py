@@ -22,9 +22,7 @@ from llm.errors import ConfigError, StorageError
 from llm.metrics import METRICS, Row
 from llm.observe.tfrecord import tf_record
 
-_SECRET_NAME = re.compile(
-    r"(^|[_.])(api_?key|access_key|access_key_id|secret|secret_key|password|auth_token|token)$", re.I
-)
+_SECRET_NAME = re.compile(r"(^|[_.])(api_?key|access_key|access_key_id|secret|secret_key|password|auth_token|token)$", re.I)
 _URL_PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
 
 
@@ -62,9 +60,7 @@ class Sinks:
             self._warn(f"{sink.name} {what}: {without_secrets(str(error))}. metrics.jsonl has every row.")
 
 
-def open_sinks(
-    log: LogSection, *, run_name: str, folder: Path, params: Mapping[str, Any], warn: Callable[[str], None]
-) -> Sinks:
+def open_sinks(log: LogSection, *, run_name: str, folder: Path, params: Mapping[str, Any], warn: Callable[[str], None]) -> Sinks:
     """The trackers that `log` switches on. `folder` is local; `params`, the run's config, goes to MLflow and W&B.
 
     A later command on the same run goes on in the same MLflow and W&B run: their ids are kept in
@@ -152,9 +148,7 @@ class MlflowSink:
 
     name = "MLflow"
 
-    def __init__(
-        self, uri: str, *, run_name: str, folder: Path, params: Mapping[str, Any], flush_s: float = 5.0
-    ) -> None:
+    def __init__(self, uri: str, *, run_name: str, folder: Path, params: Mapping[str, Any], flush_s: float = 5.0) -> None:
         """Finds or creates the run. Raises ConfigError where MLflow is missing or its server does not answer."""
         mlflow = _import("mlflow", "log.mlflow_uri", "mlflow")
         self._metric = importlib.import_module("mlflow.entities").Metric

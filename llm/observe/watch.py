@@ -18,9 +18,7 @@ from llm.storage import exists, is_s3, join, local_path, read_bytes, write_bytes
 class RunWatcher:
     """`folder` is the run's own where it is local; a run on S3 has a local mirror for what the driver writes, uploaded at the end."""
 
-    def __init__(
-        self, run_uri: str, s3: S3Section, log: LogSection, settings: Mapping[str, Any], progress: ProgressLine
-    ) -> None:
+    def __init__(self, run_uri: str, s3: S3Section, log: LogSection, settings: Mapping[str, Any], progress: ProgressLine) -> None:
         name = str(settings["run"]["name"])
         self.run_uri = run_uri
         self.s3 = s3

@@ -90,19 +90,18 @@ class Engine:
         self.stage = parallel.zero_stage
         self.precision: Precision = precision
         self.grad_clip = train.grad_clip
-        self.device = (
-            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        )
+        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         self.full_shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         # Undoes DeepSpeed's two averages, see the module's docstring.
         self._loss_factor = float(mesh.data_size * microbatches)
+        # DeepSpeed's classes declare little of what they have: Any, or every use would need a note for the type checker.
+        self.deepspeed: Any
+        self.optimizer: Any
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             model_parameters=param_groups,  # pyright: ignore[reportArgumentType]
             optimizer=_optimizer_factory(train, parallel),  # pyright: ignore[reportArgumentType]
-            config=engine_config(
-                parallel, train, precision=precision, microbatch_rows=microbatch_rows, microbatches=microbatches
-            ),
+            config=engine_config(parallel, train, precision=precision, microbatch_rows=microbatch_rows, microbatches=microbatches),
         )
         if mesh.tensor_size > 1:
             self._refuse_unsplit(model)
@@ -179,9 +178,7 @@ class Engine:
             )
 
 
-def _optimizer_factory(
-    train: TrainSection, parallel: ParallelSection
-) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None:
+def _optimizer_factory(train: TrainSection, parallel: ParallelSection) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None:
     """Makes the optimizer from the groups once DeepSpeed has split the model; None for Muon, which DeepSpeed makes itself."""
     if train.optimizer == "muon":
         return None

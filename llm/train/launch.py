@@ -23,8 +23,8 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from llm.data.stream import OneSplitPerDataRank, Quarantine, sequences
 from llm.data.window import Recipe
 from llm.errors import HeadraceError, TrainingError
-from llm.storage import join
 from llm.job import Job
+from llm.storage import join
 from llm.train.worker import DATASET, work
 
 
@@ -76,9 +76,7 @@ def fit(
             use_gpu=resources.gpus > 0,
             resources_per_worker={"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})},
         ),
-        run_config=RunConfig(
-            name=job.config.run.name, storage_path=ray_folder, failure_config=FailureConfig(max_failures=0)
-        ),
+        run_config=RunConfig(name=job.config.run.name, storage_path=ray_folder, failure_config=FailureConfig(max_failures=0)),
         datasets={DATASET: partial(_open_stream, job, recipe)},  # pyright: ignore[reportArgumentType]
         dataset_config=OneSplitPerDataRank(job.config.parallel.tensor),
     )

@@ -7,7 +7,7 @@ very same code as a Ray worker.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -18,21 +18,22 @@ from llm.checkpoint.save import save_checkpoint
 from llm.checkpoint.store import CheckpointStore
 from llm.data.batches import Batch, BatchFetcher, Block, DataGroups
 from llm.export.huggingface import export_and_check, probe_logits
+from llm.job import Job
 from llm.model.build import build_model, enable_activation_checkpointing
 from llm.parallel.mesh import Mesh
 from llm.parallel.zero import Engine, best_precision
 from llm.state import TrainState
-from llm.job import Job
 from llm.train.optimizer import param_groups
 from llm.train.recorder import Recorder, StepTimes
 from llm.train.schedule import lr_factor
 from llm.train.step import StepResult, evaluate, train_step
 
 
-def train(job: Job, mesh: Mesh, blocks: Iterable[Block] | None, start: TrainState) -> TrainState:
+def train(job: Job, mesh: Mesh, blocks: Iterable[Block] | None, start: TrainState, phases: Mapping[str, float] | None = None) -> TrainState:
     """Trains from `start` (a fresh state, or the newest checkpoint's) to `train.steps`; returns the last state. All ranks must call it.
 
-    `blocks` begin at `start.cursor`, `rank_rows` rows each; None on tensor peers. torch.distributed must be initialized.
+    `blocks` begin at `start.cursor`, `rank_rows` rows each; None on tensor peers. `phases`: what the start-up so far took, in seconds, for
+    the record. torch.distributed must be initialized.
     """
     config = job.config
     fetcher = BatchFetcher(
@@ -49,11 +50,11 @@ def train(job: Job, mesh: Mesh, blocks: Iterable[Block] | None, start: TrainStat
     device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     recorder = Recorder(job, on=mesh.rank == 0, device_name=device_name, precision=precision)
     try:
+        for name, phase_s in (phases or {}).items():
+            recorder.event("phase", name=name, phase_s=round(phase_s, 2))
         began_s = time.perf_counter()
         engine = build_engine(job, mesh)
-        recorder.event(
-            "phase", name="building the model and the engine", phase_s=round(time.perf_counter() - began_s, 2)
-        )
+        recorder.event("phase", name="building the model and the engine", phase_s=round(time.perf_counter() - began_s, 2))
         store = CheckpointStore(job.run_uri, config.s3)
         parallel = config.parallel
         layout = Layout(parallel.workers, parallel.tensor, parallel.zero_stage, precision, config.train.optimizer)
@@ -96,9 +97,7 @@ def build_engine(job: Job, mesh: Mesh) -> Engine:
     return engine
 
 
-def steps(
-    job: Job, engine: Engine, batches: Iterable[Batch], state: TrainState
-) -> Iterator[tuple[TrainState, StepResult, StepTimes]]:
+def steps(job: Job, engine: Engine, batches: Iterable[Batch], state: TrainState) -> Iterator[tuple[TrainState, StepResult, StepTimes]]:
     """Each step's new state, its result (tensors, not yet read) and its times. The time of a step ends where the next begins to wait for
     data, so what the consumer does in between is not counted."""
     source = iter(batches)
@@ -171,9 +170,7 @@ def _evaluate(job: Job, engine: Engine, recorder: Recorder, step: int) -> None:
     recorder.evaluation(step, loss, tokens)
 
 
-def _save(
-    engine: Engine, recorder: Recorder, store: CheckpointStore, layout: Layout, state: TrainState, keep: int
-) -> None:
+def _save(engine: Engine, recorder: Recorder, store: CheckpointStore, layout: Layout, state: TrainState, keep: int) -> None:
     began_s = time.perf_counter()
     uri = save_checkpoint(engine, state, layout, store, keep)
     recorder.event("checkpoint", step=state.step, path=uri, took_s=round(time.perf_counter() - began_s, 3))

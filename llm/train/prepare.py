@@ -16,10 +16,10 @@ from llm.data.pack import Rows, pack
 from llm.data.sources import list_files, plan_slices
 from llm.data.window import Recipe, held_out_rows
 from llm.errors import ConfigError, DataError
+from llm.job import Job
 from llm.model.presets import check_model, model_config
 from llm.storage import is_s3, join, local_path, read_bytes, write_bytes
 from llm.tokenizer import load_tokenizer
-from llm.job import Job
 
 # Held-out slices are chosen to hold this many bytes a token: enough for any language, little enough to leave the rest for training.
 EVAL_BYTES_PER_TOKEN = 8
@@ -37,7 +37,12 @@ def prepare(config: RunConfig, run_uri: str, started_at_s: float) -> Prepared:
     tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.eos, config.s3)
     model = model_config(config.model, tokenizer.vocab_size, lambda uri: read_bytes(uri, config.s3))
     problems = check_model(
-        model, tensor=config.parallel.tensor, vocab_size=tokenizer.vocab_size, seq_len=config.data.seq_len
+        model,
+        tensor=config.parallel.tensor,
+        vocab_size=tokenizer.vocab_size,
+        seq_len=config.data.seq_len,
+        isolate=config.data.isolate_documents,
+        attention=config.model.attention,
     )
     if problems:
         raise ConfigError("\n".join(message for _, message in problems))

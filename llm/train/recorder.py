@@ -9,12 +9,12 @@ from functools import partial
 
 from llm.config import S3Section
 from llm.errors import TrainingError
+from llm.job import Job
 from llm.metrics import MetricsWriter, eval_row, event_row, step_row
 from llm.metrics_file import UploadSink
 from llm.model.flops import flops_per_token, peak_flops
 from llm.state import TrainState
 from llm.storage import exists, is_s3, join, read_bytes, write_bytes
-from llm.job import Job
 from llm.train.step import StepResult
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
-
 from llm.checkpoint.store import CheckpointStore
 from llm.config import RunConfig
-from llm.config_file import config_differences, dump_run, load_run
+from llm.config_file import config_differences, dump_run, parse_run
 from llm.errors import ConfigError
 from llm.metrics import MetricsTail, rows_of
 from llm.storage import exists, join, read_bytes, write_bytes
@@ -59,10 +57,7 @@ def _require_same_run(config: RunConfig) -> None:
     recorded = join(uri, CONFIG)
     if not exists(recorded, config.s3) or not CheckpointStore(uri, config.s3).steps():
         return
-    with tempfile.NamedTemporaryFile(suffix=".yaml") as copy:  # the one reader of configurations reads local files
-        copy.write(read_bytes(recorded, config.s3))
-        copy.flush()
-        changed = config_differences(load_run(copy.name), config)
+    changed = config_differences(parse_run(read_bytes(recorded, config.s3).decode(), recorded), config)
     if changed:
         told = "\n".join(f"  {line}" for line in changed)
         raise ConfigError(

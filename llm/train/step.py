@@ -38,9 +38,7 @@ def train_step(engine: Engine, batch: Batch, *, microbatch_rows: int, isolate: b
 
 
 @torch.no_grad()
-def evaluate(
-    engine: Engine, ids: Tensor, segments: Tensor, *, microbatch_rows: int, isolate: bool
-) -> tuple[float, int]:
+def evaluate(engine: Engine, ids: Tensor, segments: Tensor, *, microbatch_rows: int, isolate: bool) -> tuple[float, int]:
     """(mean loss in nats per predicted token, predicted tokens) of the rows, shared out over the data ranks. All ranks must call it.
 
     Rows are padded to whole microbatches on all data ranks: at ZeRO 3 every rank must run the same number of forward passes.

@@ -77,9 +77,7 @@ def unequal_rows(num_rows: int, seq_len: int, seed: int = 0) -> tuple[np.ndarray
     return ids, segments
 
 
-def blocks_of(
-    ids: np.ndarray, segments: np.ndarray, rank_rows: int, data_rank: int, data_size: int
-) -> Iterator[dict[str, np.ndarray]]:
+def blocks_of(ids: np.ndarray, segments: np.ndarray, rank_rows: int, data_rank: int, data_size: int) -> Iterator[dict[str, np.ndarray]]:
     """Block j of rank_rows rows goes to data rank j mod data_size."""
     for first in range(data_rank * rank_rows, len(ids), rank_rows * data_size):
         rows = slice(first, first + rank_rows)
@@ -128,9 +126,7 @@ def run_ranks(target: Any, world_size: int, *args: Any) -> list[Any]:
         return results
 
 
-def _rank_main(
-    sender: Any, target: Any, rank: int, world_size: int, port: int, scratch: str, args: tuple[Any, ...]
-) -> None:
+def _rank_main(sender: Any, target: Any, rank: int, world_size: int, port: int, scratch: str, args: tuple[Any, ...]) -> None:
     log = Path(scratch) / f"rank-{rank}.log"
     quiet = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(quiet, 1)
@@ -172,8 +168,8 @@ def run_layout(config: RunConfig, model_config: dict[str, Any], seed: int = 0) -
 
 def make_job(config: RunConfig, model_config: dict[str, Any], run_uri: str = "/none") -> Any:
     from llm.data.pack import Rows
-    from llm.tokenizer import Tokenizer
     from llm.job import Job
+    from llm.tokenizer import Tokenizer
 
     empty = np.zeros((0, config.data.seq_len + 1), dtype=np.int32)
     return Job(config, run_uri, model_config, Tokenizer("none", VOCAB, 0, "<eos>", {}), Rows(empty, empty), 0.0)
@@ -200,8 +196,9 @@ def _train_rank(rank: int, world_size: int, config: RunConfig, model_config: dic
         isolate=config.data.isolate_documents,
         max_bad_frac=0.0,
     )
-    losses, norms, state = [], [], TrainState()
-    for state, result, _ in steps(job, engine, batches, state):
+    losses, norms, last = [], [], TrainState()
+    for state, result, _ in steps(job, engine, batches, last):
+        last = state
         losses.append(float(result.loss))
         norms.append(float(result.grad_norm))
-    return Result(losses, norms, {"tokens": state.tokens, "cursor": state.cursor})
+    return Result(losses, norms, {"tokens": last.tokens, "cursor": last.cursor})

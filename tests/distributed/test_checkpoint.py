@@ -51,9 +51,7 @@ def _config(steps: int, workers: int, tensor: int, stage: int, **train):
     )
 
 
-@pytest.mark.parametrize(
-    ("workers", "tensor", "stage"), [(2, 1, 0), (2, 1, 1), (2, 1, 2), (2, 1, 3), (4, 2, 1), (2, 2, 3)]
-)
+@pytest.mark.parametrize(("workers", "tensor", "stage"), [(2, 1, 0), (2, 1, 1), (2, 1, 2), (2, 1, 3), (4, 2, 1), (2, 2, 3)])
 def test_resumed_equals_uninterrupted(tmp_path, workers, tensor, stage):
     whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
     expected = run_ranks(_train, workers, _config(STEPS, workers, tensor, stage), whole)

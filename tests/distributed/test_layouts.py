@@ -40,9 +40,7 @@ def one_process(model: str):
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_losses_equal_one_process(model, layout):
     workers, tensor, stage = LAYOUTS[layout]
-    config = make_config(
-        parallel={"workers": workers, "tensor": tensor, "zero_stage": stage}, train={"microbatch_rows": 2}
-    )
+    config = make_config(parallel={"workers": workers, "tensor": tensor, "zero_stage": stage}, train={"microbatch_rows": 2})
     result, reference = run_layout(config, MODELS[model]), one_process(model)
     assert len(result.losses) == 20
     assert result.losses == pytest.approx(reference.losses, abs=TOLERANCE)
@@ -55,9 +53,7 @@ def test_losses_equal_one_process(model, layout):
 def test_accumulation_does_not_change_the_loss(microbatch_rows, microbatches):
     config = make_config(train={"microbatch_rows": microbatch_rows})
     assert config.microbatches_per_step == microbatches
-    assert run_layout(config, MODELS["llama_untied"]).losses == pytest.approx(
-        one_process("llama_untied").losses, abs=TOLERANCE
-    )
+    assert run_layout(config, MODELS["llama_untied"]).losses == pytest.approx(one_process("llama_untied").losses, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize(("optimizer", "parallel"), [
@@ -76,9 +72,7 @@ def test_isolated_documents_have_the_same_loss_on_every_layout():
     data = {"isolate_documents": True}
     train = {"microbatch_rows": 2, "steps": 6}
     alone = run_layout(make_config(data=data, train=train), MODELS["llama_untied"])
-    split = run_layout(
-        make_config(data=data, train=train, parallel={"workers": 4, "tensor": 2}), MODELS["llama_untied"]
-    )
+    split = run_layout(make_config(data=data, train=train, parallel={"workers": 4, "tensor": 2}), MODELS["llama_untied"])
     assert split.losses == pytest.approx(alone.losses, abs=TOLERANCE)
 
 

@@ -52,10 +52,7 @@ def read(uri: str, slice_bytes: int = 5000) -> list[tuple[str, int, str]]:
     found: list[Document | BadRecord] = []
     for piece in plan_slices(files, slice_bytes):
         found += read_slice(piece, "text", S3)
-    return [
-        (each.uri.rpartition("/")[2], each.position, each.text if isinstance(each, Document) else each.reason)
-        for each in found
-    ]
+    return [(each.uri.rpartition("/")[2], each.position, each.text if isinstance(each, Document) else each.reason) for each in found]
 
 
 @pytest.mark.usefixtures("s3_env")

@@ -113,9 +113,7 @@ def test_code_of_a_folder_is_never_run() -> None:
 
 @pytest.mark.parametrize("name", ["llama_1m", "gpt2_124m"])
 def test_activation_checkpointing_changes_memory_and_no_number(name: str) -> None:
-    small = (
-        {"num_hidden_layers": 2} if name == "llama_1m" else {"n_layer": 2, "n_embd": 48, "n_head": 4, "vocab_size": 96}
-    )
+    small = {"num_hidden_layers": 2} if name == "llama_1m" else {"n_layer": 2, "n_embd": 48, "n_head": 4, "vocab_size": 96}
     plain, checkpointed = (build_model(PRESETS[name] | small, seed=1, attention="sdpa") for _ in range(2))
     enable_activation_checkpointing(checkpointed)
     ids = torch.randint(0, 90, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -24,10 +24,7 @@ from llm.tokenizer import load_tokenizer
 PROSE = "Water comes down the headrace and turns the wheel; the wheel turns the stone that grinds the corn. "
 CODE = "def wheel_{n}(speed, torque):\n    power = speed * torque  # of wheel number {n}\n    return power\n\n\n"
 API = (
-    'def gate_{n}(level):\n    """Opens the gate so far that the level holds.\n\n'
-    + "    "
-    + PROSE * 12
-    + '\n    """\n    return level\n\n'
+    'def gate_{n}(level):\n    """Opens the gate so far that the level holds.\n\n' + "    " + PROSE * 12 + '\n    """\n    return level\n\n'
 )
 API += 'class Wheel_{n}:\n    """A wheel."""\n\n    def turn(self):\n        """Turns it once."""\n\n'
 
@@ -64,9 +61,7 @@ def site(tmp_path: Path) -> Root:
 def _records(folder: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for path in sorted(folder.glob("*.jsonl.zst")):
-        text = io.TextIOWrapper(
-            zstandard.ZstdDecompressor().stream_reader(path.read_bytes()), encoding="utf-8", newline="\n"
-        )
+        text = io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(path.read_bytes()), encoding="utf-8", newline="\n")
         found += [json.loads(line) for line in text]
     for path in sorted(folder.glob("*.parquet")):
         found += pq.read_table(path).to_pylist()
@@ -123,9 +118,7 @@ def g():
     assert outline(source).startswith('"""The module."""\n\nclass A(B):  # a comment\n    """A class."""\n\n')
     assert "no docstring" not in outline(source)
     assert "not one" not in outline(source)
-    assert outline(source).endswith(
-        '    async def run(\n        self, x: int\n    ) -> None:\n        r"""Runs \\d."""\n'
-    )
+    assert outline(source).endswith('    async def run(\n        self, x: int\n    ) -> None:\n        r"""Runs \\d."""\n')
 
 
 def test_the_same_machine_gives_the_same_bytes(site: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,9 +228,7 @@ def test_processes_at_once_end_with_one_copy(site: Root, tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "lib"]
 
 
-def test_the_tokenizer_is_trained_once_for_a_corpus(
-    site: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_tokenizer_is_trained_once_for_a_corpus(site: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus, folder = tmp_path / "corpus", tmp_path / "tokenizer"
     with pytest.raises(DataError, match=r"jobs\.prepare --builtin"):
         prepare_builtin_tokenizer(corpus, folder)

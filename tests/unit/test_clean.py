@@ -72,9 +72,7 @@ def test_counts_say_what_was_done() -> None:
 
 
 # Characters that the steps act on, so that they meet each other often.
-troublesome = st.sampled_from(
-    "aAé \t\n\r\x00\x0b\x0c\x85\x9f\xa0\u00ad\u0301\u200b\u200d\u2028\ufeff\ud800\udc00ÃÂâ€©™¢İΣ가"
-)
+troublesome = st.sampled_from("aAé \t\n\r\x00\x0b\x0c\x85\x9f\xa0\u00ad\u0301\u200b\u200d\u2028\ufeff\ud800\udc00ÃÂâ€©™¢İΣ가")
 
 
 @settings(max_examples=300, deadline=None)

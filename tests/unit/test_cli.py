@@ -41,12 +41,8 @@ def test_unknown_command_names_the_nearest_and_exits_2(capsys: pytest.CaptureFix
     assert "Nearest" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("command", "module"), [("train-tokenizer", "train_tokenizer"), ("train_tokenizer", "train_tokenizer")]
-)
-def test_the_job_gets_the_rest_and_gives_the_exit_status(
-    command: str, module: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("command", "module"), [("train-tokenizer", "train_tokenizer"), ("train_tokenizer", "train_tokenizer")])
+def test_the_job_gets_the_rest_and_gives_the_exit_status(command: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
 
     def main(argv: list[str]) -> int:
@@ -65,9 +61,7 @@ def test_only_the_chosen_job_is_imported(monkeypatch: pytest.MonkeyPatch) -> Non
     assert {name for name in set(sys.modules) - before if name.startswith("jobs.")} == set()
 
 
-def test_a_users_error_is_one_message_and_its_exit_code(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_users_error_is_one_message_and_its_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def main(argv: list[str]) -> int:
         raise ConfigError("a.yaml has 1 problem:\n  train.lr=-1 must be a number above 0")
 
@@ -87,9 +81,7 @@ def test_another_projects_llm_is_refused_before_it_is_imported(tmp_path: Path) -
     # The other llm is first on the path, as an installed package of that name can be; jobs and cluster are ours.
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPO)])}
     code = "from jobs.cli import main; raise SystemExit(main(['pretrain']))"
-    ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
-    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 2
     assert f"llm in {tmp_path}" in ran.stderr
     assert "must come from one checkout" in ran.stderr

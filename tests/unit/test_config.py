@@ -151,8 +151,7 @@ def test_anchors_and_merge_keys_work(load) -> None:
         ),
         (
             "export.sample_tokens=5000",
-            "export.sample_tokens=5000 must be a whole number of at least 0 and at most 4096. "
-            "Nearest legal value: 4096",
+            "export.sample_tokens=5000 must be a whole number of at least 0 and at most 4096. Nearest legal value: 4096",
         ),
         (
             "train.precision=bfloat16",
@@ -167,8 +166,7 @@ def test_anchors_and_merge_keys_work(load) -> None:
         ("log.tensorboard=treu", "log.tensorboard='treu' (text) must be true or false. Nearest legal value: true"),
         (
             "s3.endpoint_url=localhost:9000",
-            "s3.endpoint_url='localhost:9000' must be text that matches ^https?://, or null. "
-            "Nearest legal value: 'http://localhost:9000'",
+            "s3.endpoint_url='localhost:9000' must be text that matches ^https?://, or null. Nearest legal value: 'http://localhost:9000'",
         ),
         ("model.config={1: 2}", 'model.config={"1": 2} must be a mapping of names to plain values'),
         ("parallel=4", "parallel=4 must be a section, a mapping of workers, tensor, zero_stage, offload"),
@@ -179,8 +177,7 @@ def test_anchors_and_merge_keys_work(load) -> None:
         ),
         (
             "train.batch_rows=31",
-            "train.batch_rows=31 cannot be split over 2 data ranks x 1 rows per microbatch (=2). "
-            "Nearest legal values: 30, 32, 34",
+            "train.batch_rows=31 cannot be split over 2 data ranks x 1 rows per microbatch (=2). Nearest legal values: 30, 32, 34",
         ),
     ],
 )
@@ -212,8 +209,7 @@ def test_an_override_that_cannot_be_laid_over(problems, override: str, part: str
 def test_every_problem_is_in_one_error_in_the_order_of_the_sections(problems) -> None:
     text = GOOD.replace("steps: 200", "steps: 1.5").replace("seed: 3", "sed: 3").replace("seq_len: 256", "seq_len: x")
     assert problems(text, "eval.rows=-1", "model.init=pretrained", "bogus") == [
-        "--set 'bogus' is malformed: write --set section.key=value, for example --set train.lr=3e-4 "
-        "or --set data.sources.0.weight=0.5",
+        "--set 'bogus' is malformed: write --set section.key=value, for example --set train.lr=3e-4 or --set data.sources.0.weight=0.5",
         "run.sed is not a known key. Nearest legal key: run.seed (line 1)",
         "model.init=pretrained needs model.path, a folder with weights. Or set model.init=random (from --set)",
         "data.seq_len='x' (text) must be a whole number of at least 2 (line 4)",
@@ -260,9 +256,7 @@ def test_two_sources_with_one_name_and_half_the_weights(problems) -> None:
 
 def test_a_key_given_twice_is_refused_with_both_lines(problems) -> None:
     assert problems(GOOD + "run: {name: other}\n") == ["run is given twice, in lines 1 and 10. Keep one"]
-    assert problems(GOOD.replace("{steps: 200,", "{steps: 200, steps: 300,")) == [
-        "train.steps is given twice, in line 9. Keep one"
-    ]
+    assert problems(GOOD.replace("{steps: 200,", "{steps: 200, steps: 300,")) == ["train.steps is given twice, in line 9. Keep one"]
 
 
 @pytest.mark.parametrize(
@@ -309,7 +303,7 @@ def test_the_error_survives_pickling(load) -> None:
 
 def test_a_text_is_read_as_a_file_is(load) -> None:
     assert parse_run(GOOD, "the recorded run", ["run.seed=5"]) == load(GOOD, "run.seed=5")
-    with pytest.raises(ConfigError, match="^the recorded run has 1 problem:"):
+    with pytest.raises(ConfigError, match=r"^the recorded run has 1 problem:"):
         parse_run(GOOD, "the recorded run", ["run.sed=5"])
 
 
@@ -383,9 +377,7 @@ def test_every_run_comes_back_from_its_dump(tmp_path_factory, text, plain, lr, s
     path = tmp_path_factory.mktemp("dump", numbered=True) / "config.yaml"
     path.write_text(dump_run(config), encoding="utf-8", newline="")
     assert load_run(str(path)) == config
-    assert (
-        RunConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))) == config
-    )  # any YAML reader will do
+    assert RunConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))) == config  # any YAML reader will do
 
 
 # What makes another run

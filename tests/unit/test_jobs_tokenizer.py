@@ -43,9 +43,7 @@ def _train(*args: object) -> int:
 
 
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram", "wordlevel"])
-def test_trains_on_every_format_and_saves(
-    kind: str, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_trains_on_every_format_and_saves(kind: str, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert _train("--input", inputs, "--kind", kind, "--vocab-size", 300, "--out", out) == 0
     tokenizer = load_tokenizer(str(out))
@@ -78,9 +76,7 @@ def test_the_same_inputs_give_the_same_files(inputs: Path, tmp_path: Path) -> No
 def test_the_sample_is_spread_over_the_inputs_and_capped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_tokenizer, "SLICE_BYTES", 100_000)  # a slice a file
     for n in range(40):
-        (tmp_path / f"{n:02d}.jsonl").write_text(
-            "".join(json.dumps({"text": f"{n:02d} " * 1000}) + "\n" for _ in range(20))
-        )
+        (tmp_path / f"{n:02d}.jsonl").write_text("".join(json.dumps({"text": f"{n:02d} " * 1000}) + "\n" for _ in range(20)))
     texts = list(train_tokenizer.sample_texts([str(tmp_path)], "text", 60_000, S3Section()))
     assert 60_000 <= sum(map(len, texts)) <= 60_000 + 3000
     assert len({text[:2] for text in texts}) == 16
@@ -101,9 +97,7 @@ def test_text_field_is_followed(inputs: Path, tmp_path: Path) -> None:
         (["--input", "INPUTS/a.jsonl.zst", "--text-field", "nothing"], "no text"),
     ],
 )
-def test_errors_are_one_message(
-    args: list[str], message: str, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_errors_are_one_message(args: list[str], message: str, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _train(*(arg.replace("INPUTS", str(inputs)) for arg in args), "--out", tmp_path / "out") == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ")

@@ -71,9 +71,7 @@ def test_every_import_contract_bites(tmp_path: Path) -> None:
 
 
 def test_every_torch_free_module_that_exists_is_in_the_contract() -> None:
-    listed = next(c for c in contracts() if c["name"] == "what plans, names and orders needs no torch")[
-        "source_modules"
-    ]
+    listed = next(c for c in contracts() if c["name"] == "what plans, names and orders needs no torch")["source_modules"]
     paths = {name: REPO / name.replace(".", "/") for name in TORCH_FREE}
     existing = {name for name, path in paths.items() if path.is_dir() or path.with_suffix(".py").exists()}
     assert existing - set(listed) == set(), "add these to the contract in pyproject.toml"

@@ -31,9 +31,7 @@ def test_an_epoch_without_weights_takes_every_slice_once():
     plan = plan_corpus({"a": slices("a", 13), "b": slices("b", 5)}, {"a": None, "b": None}, window_slices=4, seed=3)
     for epoch in range(3):
         seen = [s for i in range(plan.windows_per_epoch) for s in plan.window(epoch, i)]
-        assert sorted((s.source, s.start) for s in seen) == sorted(
-            (s.source, s.start) for part in plan.slices for s in part
-        )
+        assert sorted((s.source, s.start) for s in seen) == sorted((s.source, s.start) for part in plan.slices for s in part)
 
 
 def test_weights_are_exact_in_every_epoch_and_passes_over_a_source_are_whole():

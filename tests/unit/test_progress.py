@@ -42,9 +42,7 @@ def a_run(total: int, *, terminal: bool = False, **options) -> tuple[ProgressLin
 def test_a_line_says_step_loss_rate_wait_and_time_left():
     progress, text, _ = a_run(120)
     progress.update([a_step(1), a_step(2, mfu=0.41), eval_row(step=2, eval_loss=3.5, eval_tokens=10)])
-    assert progress.line() == (
-        "step 2/120  loss 4.0000  1,024 tokens/s  data wait 3.0%  MFU 41.0%  eval 3.5000  ETA 59 s"
-    )
+    assert progress.line() == ("step 2/120  loss 4.0000  1,024 tokens/s  data wait 3.0%  MFU 41.0%  eval 3.5000  ETA 59 s")
     assert text.getvalue().splitlines()[0] == "step 1/120  loss 4.0000  1,024 tokens/s  data wait 3.0%  ETA 1:00 min"
     assert "eval at step 2: loss 3.5000 nats (5.049 bits) per token" in text.getvalue()
 
@@ -94,9 +92,7 @@ def test_phases_events_and_restarts_are_lines():
     with pytest.raises(KeyError), progress.phase("connecting"):
         raise KeyError
     progress.update([event_row("phase", elapsed_s=9.0, name="building the model", phase_s=2.0)])
-    progress.update(
-        [event_row("phase", elapsed_s=9.0, name="engine"), a_step(7), event_row("checkpoint", elapsed_s=1, step=7)]
-    )
+    progress.update([event_row("phase", elapsed_s=9.0, name="engine"), a_step(7), event_row("checkpoint", elapsed_s=1, step=7)])
     progress.update([event_row("restart", elapsed_s=1, step=4, reason="a worker died"), a_step(5, elapsed_s=0.1)])
     progress.close()
     progress.close()

@@ -85,9 +85,7 @@ def test_a_step_that_was_done_again_counts_once():
         return step_row(step=step, loss=elapsed_s, tokens=step, tokens_per_s=1, data_wait_frac=0, lr=1, grad_norm=1,
                         step_s=1, mfu=None, elapsed_s=elapsed_s, epoch=0, window=0, offset=step)  # fmt: skip
 
-    rows = [a_step(step, float(step)) for step in range(1, 8)] + [
-        eval_row(step=s, eval_loss=1.0, eval_tokens=1) for s in (4, 6)
-    ]
+    rows = [a_step(step, float(step)) for step in range(1, 8)] + [eval_row(step=s, eval_loss=1.0, eval_tokens=1) for s in (4, 6)]
     rows += [
         event_row("end", elapsed_s=8.0, status="failed"),
         event_row("restart", elapsed_s=0.5, step=4),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from llm.config import TrainSection
@@ -22,7 +24,7 @@ def test_the_last_step_has_the_least_rate_and_the_fall_is_monotonic(schedule):
     train = section(schedule=schedule)
     factors = [lr_factor(train, s) for s in range(10, 100)]
     assert factors[-1] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(factors, factors[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(factors))
 
 
 def test_wsd_stays_at_the_peak_until_the_decay():

@@ -103,9 +103,7 @@ def aws_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("aws_keys")
 @pytest.mark.parametrize("call", [storage.read_bytes, storage.exists, storage.find_files])
 def test_an_endpoint_that_refuses_fails_soon(call) -> None:
-    with (
-        socket.socket() as unused
-    ):  # bound but not listening: connections are refused, and nobody else can take the port
+    with socket.socket() as unused:  # bound but not listening: connections are refused, and nobody else can take the port
         unused.bind(("127.0.0.1", 0))
         s3 = S3Section(endpoint_url=f"http://127.0.0.1:{unused.getsockname()[1]}")
         started_s = time.monotonic()

@@ -55,9 +55,7 @@ def test_bpe_decodes_to_what_was_encoded(text: str) -> None:
     assert BUILT.decode(BUILT.encode(text, add_special_tokens=False).ids, skip_special_tokens=False) == text
 
 
-@pytest.mark.parametrize(
-    "text", ["<|endoftext|>", "a<pad>b", " leading", "\r\n\t ", "\u2581x", "é", "e\u0301", "\U0001f600\u200d"]
-)
+@pytest.mark.parametrize("text", ["<|endoftext|>", "a<pad>b", " leading", "\r\n\t ", "\u2581x", "é", "e\u0301", "\U0001f600\u200d"])
 def test_bpe_decodes_difficult_text(text: str) -> None:
     built = BPE.build()
     assert built.decode(built.encode(text).ids) == text
