@@ -26,6 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing Headrace and its dependencies (minutes the first time) ..."
 	@PIP_CONSTRAINT="$(CURDIR)/constraints.txt" PIP_DISABLE_PIP_VERSION_CHECK=1 \
 		$(PY) -m pip install -q -c constraints.txt -e ".[dev]" >$(LOG) 2>&1 </dev/null || { cat $(LOG) >&2; exit 1; }
+	@$(PY) -m jobs.prepare --builtin
 	@touch $@
 
 pretrain: $(STAMP) ## train the tiny model on this machine; ARGS="--set train.steps=50" changes it

@@ -20,7 +20,7 @@ LOCAL_OBJECT_STORE_BYTES = 512 << 20
 _LOCAL_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_prestart_worker_first_driver": "0",
-    "RAY_enable_autoscaler_v2": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 
 
@@ -30,16 +30,21 @@ def connected(logical_cpus: int) -> Iterator[None]:
 
     Logical CPUs follow the plan, not the cores: 4 workers on a 2-core laptop are 4 logical CPUs, and their threads share the cores.
     """
-    if os.environ.get("RAY_ADDRESS"):
-        _connect(os.environ["RAY_ADDRESS"])
-    else:
+    if is_private():
         _start_local(logical_cpus)
+    else:
+        _connect(os.environ["RAY_ADDRESS"])
     import ray
 
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def is_private() -> bool:
+    """Whether runs get a cluster of their own on this machine, which ends with them."""
+    return not os.environ.get("RAY_ADDRESS")
 
 
 def cluster_gpus() -> float:

@@ -1,4 +1,4 @@
-"""`python -m jobs.prepare --builtin`: writes the embedded corpus to disk, once."""
+"""`python -m jobs.prepare --builtin`: writes the embedded corpus, and its tokenizer, to disk, once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from llm.data.builtin import CORPUS_FOLDER, prepare_builtin
+from llm.data.builtin import CORPUS_FOLDER, prepare_builtin, prepare_builtin_tokenizer
 from llm.errors import HeadraceError
 
 
@@ -23,6 +23,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         corpus = prepare_builtin(options.out)
+        if options.out == CORPUS_FOLDER:
+            prepare_builtin_tokenizer()  # where `tokenizer.path: builtin` looks for it
     except HeadraceError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

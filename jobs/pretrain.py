@@ -10,7 +10,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from cluster.connect import cluster_gpus, connected, require_cpus
+from cluster.connect import cluster_gpus, connected, is_private, require_cpus
 from cluster.workers import plan_workers, total_cpus
 from llm.config import RunConfig
 from llm.config_file import dump_run, load_run
@@ -82,7 +82,7 @@ def _train(prepared: Prepared, watcher: RunWatcher, ray_folder: Path) -> None:
         from llm.train.launch import WorkerResources, fit  # imports Ray, which must be connected first
 
         resources = WorkerResources(plan.cpus_per_worker, plan.gpus_per_worker)
-        fit(prepared.job, prepared.recipe, resources, str(ray_folder), watcher.poll)
+        fit(prepared.job, prepared.recipe, resources, str(ray_folder), watcher.poll, private_cluster=is_private())
 
 
 def _interrupt(signum: int, frame: object) -> None:

@@ -1,7 +1,7 @@
-"""The Ray Data pipeline: window numbers in, blocks of rows out, dealt to the data ranks in order.
+"""The Ray Data pipeline: window numbers in, blocks of rows out, in order.
 
 `sequences` makes one task per window run `make_window`, re-cuts the rows into blocks of exactly `block_rows` across window edges, and keeps
-the order. `OneSplitPerDataRank` deals block j to data rank j mod data_size. With `block_rows` = the rows that one data rank sees in a step,
+the order. `llm/data/split.py` deals block j to data rank j mod data_size. With `block_rows` = the rows that one data rank sees in a step,
 step s is made of blocks s * data_size ... (s + 1) * data_size - 1 whatever the data size: always the same batch_rows rows.
 """
 
@@ -16,10 +16,14 @@ from typing import Any
 import numpy as np
 import ray
 import ray.data
-from ray.train import DataConfig
+from ray.data._internal.execution.backpressure_policy import (
+    ENABLED_BACKPRESSURE_POLICIES,
+    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
+)
 
 from llm.config import S3Section
 from llm.data.order import Cursor
+from llm.data.run_ahead import WINDOWS_AHEAD, RunAhead
 from llm.data.window import Recipe, WindowCounts, make_window
 from llm.errors import DataError
 from llm.storage import join, write_bytes
@@ -68,6 +72,9 @@ def sequences(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
 
+    context.set_config(WINDOWS_AHEAD, windows_ahead)
+    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, RunAhead])
+
     row_bytes = (recipe.seq_len + 1) * BYTES_PER_TOKEN
     num_windows = 2 + int(num_rows * row_bytes / max(1.0, recipe.plan.bytes_per_window))
     shared = ray.put(recipe)
@@ -101,31 +108,3 @@ def _window_block(recipe: Recipe, cursor: Cursor, number: int, quarantine: Quara
         "records": first * counts.records,
         "bad": first * len(counts.bad),
     }
-
-
-class OneSplitPerDataRank(DataConfig):
-    """Splits the dataset over the data ranks only: tensor rank 0 of each group reads, its peers are given nothing to iterate.
-
-    Ray's default splits over all workers and equalizes the splits, which gives tensor peers different tokens and drops rows.
-    """
-
-    def __init__(self, tensor_size: int) -> None:
-        super().__init__()
-        self.tensor_size = tensor_size
-
-    def configure(
-        self,
-        datasets: dict[str, Any],
-        world_size: int,
-        worker_handles: Any,
-        worker_node_ids: list[str] | None,
-        **_: Any,
-    ) -> list[dict[str, Any]]:
-        data_size = world_size // self.tensor_size
-        readers = [worker_node_ids[d * self.tensor_size] for d in range(data_size)] if worker_node_ids else None
-        shards: list[dict[str, Any]] = [dict.fromkeys(datasets) for _ in range(world_size)]
-        for name, dataset in datasets.items():
-            splits = dataset.streaming_split(data_size, equal=False, locality_hints=readers)
-            for data_rank, split in enumerate(splits):
-                shards[data_rank * self.tensor_size][name] = split
-        return shards

@@ -18,9 +18,11 @@ import ray.data
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from llm.data.stream import OneSplitPerDataRank, Quarantine, sequences
+from llm.data.split import OneSplitPerDataRank
+from llm.data.stream import Quarantine, sequences
 from llm.data.window import Recipe
 from llm.errors import HeadraceError, TrainingError
 from llm.job import Job
@@ -54,12 +56,22 @@ class WorkerResources:
     gpus: float
 
 
+class _PrivateTrainer(DataParallelTrainer):
+    """For a cluster that ends with this process: nobody needs to clean up after a dead controller there, and the actor that would
+    costs 4 s of CPU time at start-up."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)]
+
+
 def fit(
     job: Job,
     recipe: Recipe,
     resources: WorkerResources,
     ray_folder: str,
     watch: Callable[[], None],
+    *,
+    private_cluster: bool,
     poll_s: float = 0.5,
 ) -> None:
     """Runs the job to its end; `watch` is called every `poll_s` meanwhile, and once after.
@@ -67,7 +79,8 @@ def fit(
     Ray's trainer runs in a thread: in the main thread it would take over Ctrl-C, which here ends the run within seconds. Raises the
     worker's own HeadraceError where there is one, else TrainingError with the first lines of what Ray knows.
     """
-    trainer = DataParallelTrainer(
+    kind = _PrivateTrainer if private_cluster else DataParallelTrainer
+    trainer = kind(
         work,
         train_loop_config={"job": job},
         backend_config=RendezvousConfig(),
@@ -76,7 +89,12 @@ def fit(
             use_gpu=resources.gpus > 0,
             resources_per_worker={"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})},
         ),
-        run_config=RunConfig(name=job.config.run.name, storage_path=ray_folder, failure_config=FailureConfig(max_failures=0)),
+        run_config=RunConfig(
+            name=job.config.run.name,
+            storage_path=ray_folder,
+            failure_config=FailureConfig(max_failures=0),
+            worker_runtime_env={"worker_process_setup_hook": "llm.train.preload.begin"},
+        ),
         datasets={DATASET: partial(_open_stream, job, recipe)},  # pyright: ignore[reportArgumentType]
         dataset_config=OneSplitPerDataRank(job.config.parallel.tensor),
     )

@@ -1,0 +1,38 @@
+"""Keeps tokenizing a bounded number of windows ahead of training.
+
+Ray Data's own bound is object-store memory. For token ids, which are small, that means minutes of tokenizing beside the training; and with a
+small limit its executor polls without pause on outputs that it may not read (seen in 2.60: a whole core). This policy holds back new
+windows instead, so that nothing waits half-read.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ray.data._internal.execution.backpressure_policy import BackpressurePolicy
+
+WINDOWS_AHEAD = "headrace.windows_ahead"
+TOKENIZE = "tokenize"  # the name of the map function whose tasks are held back
+
+# With no task running, the executor's loop would spin: it asks us once a turn.
+PAUSE_S = 0.02
+
+
+class RunAhead(BackpressurePolicy):
+    """No new window is begun while `windows_ahead` of them, by rows, are tokenized and not yet taken by the trainers."""
+
+    def can_add_input(self, op: Any) -> bool:
+        if TOKENIZE not in op.name:
+            return True
+        made = op.metrics
+        if made.num_tasks_finished == 0:
+            return made.num_tasks_running < self._data_context.get_config(WINDOWS_AHEAD, 1)
+        rows_per_window = max(1.0, made.rows_outputs_of_finished_tasks / made.num_tasks_finished)
+        last = next(reversed(self._topology))
+        waiting = made.rows_task_outputs_generated - last.metrics.row_outputs_taken
+        ahead = waiting / rows_per_window + made.num_tasks_running
+        if ahead < self._data_context.get_config(WINDOWS_AHEAD, 1):
+            return True
+        time.sleep(PAUSE_S)
+        return False
