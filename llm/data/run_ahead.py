@@ -1,7 +1,7 @@
 """Keeps tokenizing a bounded number of windows ahead of training.
 
-Ray Data's own bound is object-store memory. For token ids, which are small, that means minutes of tokenizing beside the training; and with a
-small limit its executor polls without pause on outputs that it may not read (seen in 2.60: a whole core). This policy holds back new
+Ray Data's own bound is object-store memory. For token ids, which are small, that means minutes of tokenizing beside the training; and with
+a small limit its executor polls without pause on outputs that it may not read (seen in 2.60: a whole core). This policy holds back new
 windows instead, so that nothing waits half-read.
 """
 
