@@ -14,6 +14,7 @@ from llm.checkpoint.layout import STATE, WEIGHT, Layout, RankIndex, rank_files, 
 from llm.checkpoint.newest import require_same_layout
 from llm.checkpoint.save import RNG
 from llm.checkpoint.store import CheckpointStore
+from llm.checkpoint.together import together
 from llm.errors import CheckpointError
 from llm.parallel.zero import Engine
 from llm.state import TrainState
@@ -30,7 +31,7 @@ def restore_checkpoint(engine: Engine, state: TrainState, layout: Layout, store:
     require_same_layout(Layout(**raw["layout"]), layout, state.step)
     # At stage 0 one tensor group wrote for all data ranks.
     rank = engine.mesh.rank if engine.stage else engine.mesh.tensor_rank
-    tensors, index = _read_rank(store, state.step, rank, files)
+    tensors, index = together(lambda: _read_rank(store, state.step, rank, files), "read its part of the checkpoint")
     for fragment in owned_fragments(engine):
         if index.fragments.get(fragment.name) != fragment.index:
             raise CheckpointError(f"checkpoint {step_folder(state.step)} holds another part of {fragment.name} than this rank owns.")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,14 +15,13 @@ from torch import Tensor
 from llm.checkpoint.fragments import optimizer_state, owned_fragments, tensors_of
 from llm.checkpoint.layout import STATE, Layout, RankIndex, manifest, rank_files
 from llm.checkpoint.store import CheckpointStore
-from llm.errors import CheckpointError
+from llm.checkpoint.together import together
 from llm.parallel.zero import Engine
 from llm.state import TrainState
 from llm.storage import join, write_bytes
 
 RNG = "rng|torch"
 Fingerprint = dict[str, int | str]  # size_bytes, sha256
-T = TypeVar("T")
 
 
 def save_checkpoint(engine: Engine, state: TrainState, layout: Layout, store: CheckpointStore, keep: int) -> str:
@@ -36,7 +34,7 @@ def save_checkpoint(engine: Engine, state: TrainState, layout: Layout, store: Ch
         store.clear(state.step)
     dist.barrier()
     folder = store.writing(state.step)
-    written = _fingerprints_of_all(engine, _together(lambda: _write_rank(engine, folder, store), rank))
+    written = _fingerprints_of_all(engine, together(lambda: _write_rank(engine, folder, store), "write its part of the checkpoint"))
     uri = ""
     if rank == 0:
         data = _state_json(engine, state, layout)
@@ -101,20 +99,3 @@ def _state_json(engine: Engine, state: TrainState, layout: Layout) -> bytes:
 
 def _fingerprint(data: bytes) -> Fingerprint:
     return {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def _together(write: Callable[[], T], rank: int) -> T:
-    """Runs `write` on every rank; one rank's failure raises on all, so that none waits at a barrier for ever."""
-    error: Exception | None = None
-    result: T | None = None
-    try:
-        result = write()
-    except Exception as caught:
-        error = caught
-    failed = torch.tensor([0 if error is None else 1])
-    dist.all_reduce(failed)
-    if error is not None:
-        raise CheckpointError(f"rank {rank} could not write its part of the checkpoint: {error}") from error
-    if int(failed):
-        raise CheckpointError(f"{int(failed)} ranks could not write their part of the checkpoint; their messages say why.")
-    return result  # pyright: ignore[reportReturnType]
