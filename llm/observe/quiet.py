@@ -87,6 +87,7 @@ class Quiet:
         warnings.showwarning = _warning_to_log
         self._muted = [_Muted(logging.getLogger(name)) for name in NOISY_LOGGERS]
         root = logging.getLogger()
+        self._root_before = list(root.handlers)
         self._root_handlers = [handler for handler in root.handlers if _writes_to_console(handler)]
         for handler in self._root_handlers:
             root.removeHandler(handler)
@@ -106,8 +107,9 @@ class Quiet:
             root.removeHandler(handler)
             handler.close()
         self._handlers = ()
-        for handler in self._root_handlers:
-            root.addHandler(handler)
+        # In their old order, with what others have added or removed meanwhile.
+        kept = [handler for handler in self._root_before if handler in root.handlers or handler in self._root_handlers]
+        root.handlers[:] = kept + [handler for handler in root.handlers if handler not in self._root_before]
         for muted in self._muted:
             muted.restore()
         warnings.showwarning = self._showwarning

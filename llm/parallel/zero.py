@@ -97,12 +97,20 @@ class Engine:
         # DeepSpeed's classes declare little of what they have: Any, or every use would need a note for the type checker.
         self.deepspeed: Any
         self.optimizer: Any
-        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            model_parameters=param_groups,  # pyright: ignore[reportArgumentType]
-            optimizer=_optimizer_factory(train, parallel),  # pyright: ignore[reportArgumentType]
-            config=engine_config(parallel, train, precision=precision, microbatch_rows=microbatch_rows, microbatches=microbatches),
-        )
+        try:
+            self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+                model=model,
+                model_parameters=param_groups,  # pyright: ignore[reportArgumentType]
+                optimizer=_optimizer_factory(train, parallel),  # pyright: ignore[reportArgumentType]
+                config=engine_config(parallel, train, precision=precision, microbatch_rows=microbatch_rows, microbatches=microbatches),
+            )
+        except (AssertionError, ValueError) as error:
+            if mesh.tensor_size == 1:
+                raise
+            raise ModelError(
+                f"{type(model).__name__} cannot be split over parallel.tensor={mesh.tensor_size}: {error} "
+                "Set parallel.tensor=1, or use a model of the Llama, Mistral or Qwen families."
+            ) from error
         if mesh.tensor_size > 1:
             self._refuse_unsplit(model)
 
