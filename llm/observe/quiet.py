@@ -107,9 +107,7 @@ class Quiet:
             root.removeHandler(handler)
             handler.close()
         self._handlers = ()
-        # In their old order, with what others have added or removed meanwhile.
-        kept = [handler for handler in self._root_before if handler in root.handlers or handler in self._root_handlers]
-        root.handlers[:] = kept + [handler for handler in root.handlers if handler not in self._root_before]
+        _put_back(root, self._root_before, self._root_handlers)
         for muted in self._muted:
             muted.restore()
         warnings.showwarning = self._showwarning
@@ -153,6 +151,7 @@ class _Muted:
         self._logger = logger
         self._class = logger.__class__
         self._propagate = logger.propagate
+        self._before = list(logger.handlers)
         self._set_aside = [handler for handler in logger.handlers if _is_plain_stream(handler)]
         for handler in self._set_aside:
             logger.removeHandler(handler)
@@ -167,9 +166,14 @@ class _Muted:
             self._propagate = logger.__dict__.pop("_asked_to_propagate", self._propagate)
             object.__setattr__(logger, "__class__", self._class)
             self._set_aside += refused
-        for handler in self._set_aside:
-            logger.addHandler(handler)
+        _put_back(logger, self._before, self._set_aside)
         logger.propagate = self._propagate
+
+
+def _put_back(logger: logging.Logger, before: list[logging.Handler], taken: list[logging.Handler]) -> None:
+    """The logger's handlers in their old order, then those that came meanwhile; what others have removed stays removed."""
+    now = [*taken, *(handler for handler in logger.handlers if handler not in taken)]
+    logger.handlers[:] = [h for h in before if h in now] + [h for h in now if h not in before]
 
 
 class _NoConsoleLogger(logging.Logger):
