@@ -11,9 +11,8 @@ from pathlib import Path
 
 JOBS = {
     "pretrain": "train a language model from raw text",
-    "prepare": "tokenize the corpus ahead of training, into the token cache",
+    "prepare": "write the embedded corpus and its tokenizer to disk",
     "train-tokenizer": "train a tokenizer on the corpus",
-    "export": "turn a checkpoint into a Hugging Face folder",
 }
 USAGE = "usage: headrace COMMAND [options]      (headrace COMMAND --help tells the options; --version, --help)"
 

@@ -202,6 +202,9 @@ def cross_checks(config: RunConfig) -> list[tuple[str, str]]:
                 "Nearest legal value: optimizer",
             )
         )
+    if train.optimizer == "muon" and parallel.tensor > 1:
+        text = f"train.optimizer=muon orthogonalizes whole matrices, and parallel.tensor={parallel.tensor} holds parts of them. "
+        found.append(("train.optimizer", text + "Nearest legal value: adamw. Or set parallel.tensor=1"))
     names = [source.name for source in config.data.sources]
     for name in sorted({n for n in names if names.count(n) > 1}):
         found.append(("data.sources", f"two sources are named {name!r}; names must differ"))

@@ -55,9 +55,9 @@ def test_the_job_gets_the_rest_and_gives_the_exit_status(command: str, module: s
 
 
 def test_only_the_chosen_job_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    install_job(monkeypatch, "export", lambda argv: 0)
+    install_job(monkeypatch, "prepare", lambda argv: 0)
     before = set(sys.modules)
-    assert cli.main(["export"]) == 0
+    assert cli.main(["prepare"]) == 0
     assert {name for name in set(sys.modules) - before if name.startswith("jobs.")} == set()
 
 
