@@ -12,7 +12,6 @@ pass of each source has an order of its own.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -108,13 +107,6 @@ class CorpusPlan:
             number, within = divmod(epoch * self.slots[source] + dealt, len(slices))
             chosen.append(slices[permuted(within, len(slices), (self.seed, self.names[source], number))])
         return tuple(chosen)
-
-    def windows_from(self, epoch: int, index: int) -> Iterator[tuple[int, int]]:
-        """(epoch, window) from the given one on, for ever: epochs follow one another without a gap."""
-        while True:
-            for window in range(index, self.windows_per_epoch):
-                yield epoch, window
-            epoch, index = epoch + 1, 0
 
     def nth_window(self, start: Cursor, n: int) -> tuple[int, int]:
         """(epoch, window) of the n-th window, n = 0, 1, ..., counted from the cursor's own."""
