@@ -18,7 +18,7 @@ from llm.observe.progress import ProgressLine
 from llm.observe.quiet import redirect_noise
 from llm.observe.watch import RunWatcher
 from llm.train.prepare import Prepared, prepare
-from llm.train.runs import claim_run, run_uri, write_config
+from llm.train.runs import claim_run, require_finished, run_uri, write_config
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,6 +63,7 @@ def pretrain(config: RunConfig, started_at_s: float) -> None:
         with redirect_noise(watcher.folder / "logs" / "driver.log"), tempfile.TemporaryDirectory() as ray_folder:
             try:
                 _train(prepared, watcher, Path(ray_folder))
+                require_finished(config)
             except BaseException:
                 watcher.abandon()
                 raise

@@ -33,7 +33,7 @@ class Prepared:
 
 def prepare(config: RunConfig, run_uri: str, started_at_s: float) -> Prepared:
     """Raises ConfigError with every problem of the model and its fit, TokenizerError, DataError or StorageError."""
-    config = with_builtin_corpus(config)
+    config = _with_absolute_model_path(with_builtin_corpus(config))
     tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.eos, config.s3)
     model = model_config(config.model, tokenizer.vocab_size, lambda uri: read_bytes(uri, config.s3))
     problems = check_model(
@@ -115,6 +115,14 @@ def with_builtin_corpus(config: RunConfig) -> RunConfig:
             "tokenizer": config.tokenizer.model_copy(update={"path": path}),
         }
     )
+
+
+def _with_absolute_model_path(config: RunConfig) -> RunConfig:
+    """Workers load pretrained weights by this path, and Ray Train gives them a current directory of their own."""
+    path = config.model.path
+    if path is None or is_s3(path):
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": local_path(path)})})
 
 
 def _uses_builtin(config: RunConfig) -> bool:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from llm.checkpoint.store import CheckpointStore
 from llm.config import RunConfig
 from llm.config_file import config_differences, dump_run, parse_run
-from llm.errors import ConfigError
+from llm.errors import ConfigError, TrainingError
 from llm.metrics import MetricsTail, rows_of
-from llm.storage import exists, join, read_bytes, write_bytes
+from llm.storage import exists, is_s3, join, local_path, read_bytes, write_bytes
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 
 
 def run_uri(config: RunConfig) -> str:
-    return join(config.run.storage, config.run.name)
+    """The run's folder, absolute where it is local: Ray Train's workers have a current directory of their own."""
+    storage = config.run.storage
+    return join(storage if is_s3(storage) else local_path(storage), config.run.name)
 
 
 def claim_run(config: RunConfig) -> tuple[RunConfig, str | None]:
@@ -50,6 +52,15 @@ def finished(config: RunConfig) -> bool:
     data = read_bytes(uri, config.s3)
     ends = rows_of(MetricsTail(lambda offset: data[offset:]).poll(), "event", "end")
     return any(row.get("status") == "finished" and row.get("step", 0) >= config.train.steps for row in ends)
+
+
+def require_finished(config: RunConfig) -> None:
+    """Raises TrainingError where the workers came back without having written, in the place where the driver reads, that they ended."""
+    if not finished(config):
+        raise TrainingError(
+            f"the workers returned, but {join(run_uri(config), METRICS)} does not say that the run ended. Is run.storage a folder that "
+            "every node sees, or s3://bucket/prefix?"
+        )
 
 
 def _require_same_run(config: RunConfig) -> None:
