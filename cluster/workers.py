@@ -6,10 +6,6 @@ from dataclasses import dataclass
 
 from cluster.errors import ClusterError
 
-# Ray Data's tasks need CPUs that the trainers do not hold: one for each window tokenized at once, and one for re-cutting blocks.
-# Without them a run would wait for its first batch for ever.
-CUTTING_CPUS = 1
-
 
 @dataclass(frozen=True)
 class WorkerPlan:
@@ -19,8 +15,10 @@ class WorkerPlan:
 
 
 def total_cpus(workers: int, windows_ahead: int) -> int:
-    """Logical CPUs that a run needs: one a worker, and what the data pipeline takes."""
-    return workers + windows_ahead + CUTTING_CPUS
+    """Logical CPUs that a run needs: one a worker, and one for each window tokenized at once, which the trainers do not hold. Without
+    those it would wait for its first batch for ever. Re-cutting blocks takes turns with tokenizing: a process more costs 5 s of CPU time
+    at start-up."""
+    return workers + windows_ahead
 
 
 def plan_workers(workers: int, tensor: int, cluster_gpus: float) -> WorkerPlan:

@@ -84,7 +84,8 @@ def sequences(
         for number in batch["id"].tolist():
             yield from _window_block(held, cursor, number, quarantine)
 
-    numbers = ray.data.range(num_windows, override_num_blocks=min(num_windows, MAX_TASKS))
+    # Not ray.data.range: its numbers would be made by tasks, which take turns with tokenizing.
+    numbers = ray.data.from_items([{"id": n} for n in range(num_windows)], override_num_blocks=min(num_windows, MAX_TASKS))
     windows = numbers.map_batches(tokenize, batch_size=1, concurrency=windows_ahead, num_cpus=1)
     return windows.repartition(target_num_rows_per_block=block_rows, strict=True)
 

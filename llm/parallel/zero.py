@@ -10,6 +10,7 @@ Nothing else in Headrace calls DeepSpeed for training. Three of its habits are u
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ import deepspeed
 import deepspeed.ops
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import compiler
 from torch import Tensor, nn
 
 from llm.config import ParallelSection, TrainSection
@@ -99,6 +101,8 @@ class Engine:
         self.full_shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         # Undoes DeepSpeed's two averages, see the module's docstring.
         self._loss_factor = float(mesh.data_size * microbatches)
+        if train.optimizer != "muon" or self.device.type == "cpu":
+            _import_muon_uncompiled()
         # DeepSpeed's classes declare little of what they have: Any, or every use would need a note for the type checker.
         self.deepspeed: Any
         self.optimizer: Any
@@ -205,6 +209,17 @@ def _optimizer_factory(train: TrainSection, parallel: ParallelSection) -> Callab
 
         return lambda groups: DeepSpeedCPUAdam(groups, lr=train.lr, betas=train.betas, eps=train.eps, adamw_mode=True)
     return lambda groups: torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=on_gpu)
+
+
+def _import_muon_uncompiled() -> None:
+    """DeepSpeed's ZeRO imports Muon to see whether it has one, which decorates two functions for torch.compile: 2 s of CPU time in
+    every worker, and with Muon on a CPU a C++ compiler at the first step."""
+    decorate = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = decorate
 
 
 def _matrix_modules(model: nn.Module) -> Iterable[tuple[str, Any]]:
