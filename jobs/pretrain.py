@@ -17,6 +17,7 @@ from llm.config_file import dump_run, load_run
 from llm.observe.progress import ProgressLine
 from llm.observe.quiet import redirect_noise
 from llm.observe.watch import RunWatcher
+from llm.storage import is_s3
 from llm.train.prepare import Prepared, prepare
 from llm.train.runs import claim_run, require_finished, run_uri, write_config
 
@@ -55,6 +56,11 @@ def pretrain(config: RunConfig, started_at_s: float) -> None:
         print(finished)
         return
     uri = run_uri(config)
+    if not is_private() and not is_s3(config.run.storage) and not Path(config.run.storage).is_absolute():
+        print(
+            f"note: run.storage={config.run.storage} is relative, so this run is kept in {uri} on the head node, where a submitted job's "
+            "folder is removed later. Set run.storage to a shared folder or s3://bucket/prefix to keep it."
+        )
     with ProgressLine(config.train.steps, every_steps=config.log.every_steps) as progress:
         with progress.phase("reading the corpus and the tokenizer"):
             prepared = prepare(config, uri, started_at_s)

@@ -9,7 +9,8 @@ from typing import get_args
 
 from llm.config import BUILTIN, S3Section, SourceSection
 from llm.data.builtin import prepare_builtin
-from llm.data.sources import Document, list_files, plan_slices, read_slice
+from llm.data.records import Document, read_slice
+from llm.data.sources import list_files, plan_slices
 from llm.errors import HeadraceError
 from llm.tokenizer import TokenizerKind, save_tokenizer, train_tokenizer
 

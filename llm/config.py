@@ -202,6 +202,19 @@ def cross_checks(config: RunConfig) -> list[tuple[str, str]]:
                 "Nearest legal value: optimizer",
             )
         )
+    if any(not 0 <= beta < 1 for beta in train.betas):
+        found.append(("train.betas", f"train.betas={list(train.betas)}: both must be of at least 0 and under 1. Usual values: [0.9, 0.95]"))
+    if train.precision == "fp16" and parallel.zero_stage == 0:
+        found.append(
+            (
+                "parallel.zero_stage",
+                "train.precision=fp16 scales the loss, which needs the fp32 master weights of parallel.zero_stage 1, 2 or 3. "
+                "Nearest legal value: 1. Or set train.precision=bf16",
+            )
+        )
+    if train.optimizer == "muon" and parallel.zero_stage == 0:
+        text = "train.optimizer=muon is DeepSpeed's, which needs parallel.zero_stage of 1, 2 or 3. Nearest legal value: 1"
+        found.append(("train.optimizer", text))
     if train.optimizer == "muon" and parallel.tensor > 1:
         text = f"train.optimizer=muon orthogonalizes whole matrices, and parallel.tensor={parallel.tensor} holds parts of them. "
         found.append(("train.optimizer", text + "Nearest legal value: adamw. Or set parallel.tensor=1"))

@@ -12,27 +12,31 @@ from typing import Any
 
 from ray.data._internal.execution.backpressure_policy import BackpressurePolicy
 
-WINDOWS_AHEAD = "headrace.windows_ahead"
+RUN_AHEAD = "headrace.run_ahead"  # (windows, rows): whichever of the two is more may be tokenized and not yet taken
 TOKENIZE = "tokenize"  # the name of the map function whose tasks are held back
 
 # With no task running, the executor's loop would spin: it asks us once a turn.
-PAUSE_S = 0.02
+PAUSE_S = 0.2
 
 
 class RunAhead(BackpressurePolicy):
-    """No new window is begun while `windows_ahead` of them, by rows, are tokenized and not yet taken by the trainers."""
+    """No new window is begun while enough rows are tokenized and not yet taken by the trainers.
+
+    Enough is so many windows, but also so many rows: where windows are small, the stages after this one need several before they can
+    give out anything.
+    """
 
     def can_add_input(self, op: Any) -> bool:
         if TOKENIZE not in op.name:
             return True
+        windows, rows = self._data_context.get_config(RUN_AHEAD, (1, 1))
         made = op.metrics
         if made.num_tasks_finished == 0:
-            return made.num_tasks_running < self._data_context.get_config(WINDOWS_AHEAD, 1)
+            return made.num_tasks_running < windows
         rows_per_window = max(1.0, made.rows_outputs_of_finished_tasks / made.num_tasks_finished)
         last = next(reversed(self._topology))
         waiting = made.rows_task_outputs_generated - last.metrics.row_outputs_taken
-        ahead = waiting / rows_per_window + made.num_tasks_running
-        if ahead < self._data_context.get_config(WINDOWS_AHEAD, 1):
+        if waiting + made.num_tasks_running * rows_per_window < max(windows * rows_per_window, rows):
             return True
         time.sleep(PAUSE_S)
         return False

@@ -14,7 +14,7 @@ from llm.config import CleanSection, S3Section
 from llm.data.clean import Cleaner
 from llm.data.order import CorpusPlan, Slice
 from llm.data.pack import Rows, pack, shuffled
-from llm.data.sources import BadRecord, read_slice
+from llm.data.records import BadRecord, read_slice
 from llm.tokenizer import Tokenizer
 
 TOKENIZE_DOCUMENTS = 256  # documents given to the tokenizer at once: enough to amortize the call, little enough to bound memory

@@ -33,14 +33,15 @@ Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def best_precision(asked: str) -> Precision:
-    """`auto` is the best that the hardware really has: bf16 on GPUs from compute capability 8.0, fp16 from 7.0 (tensor cores), bf16 on
-    CPUs with AMX tiles, else fp32. CPUs that only emulate bf16 are slower with it than without."""
+def best_precision(asked: str, zero_stage: int) -> Precision:
+    """`auto` is the best that the hardware really has: bf16 on GPUs from compute capability 8.0, fp16 from 7.0 (tensor cores; not at
+    stage 0, which has no master weights), bf16 on CPUs with AMX tiles, else fp32. CPUs that only emulate bf16 are slower with it than
+    without."""
     if asked != "auto":
         return asked  # pyright: ignore[reportReturnType]
     if torch.cuda.is_available():
         major, _ = torch.cuda.get_device_capability()
-        return "bf16" if major >= 8 else "fp16" if major == 7 else "fp32"
+        return "bf16" if major >= 8 else "fp16" if major == 7 and zero_stage else "fp32"
     return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
 
 

@@ -46,7 +46,7 @@ def train(job: Job, mesh: Mesh, blocks: Iterable[Block] | None, start: TrainStat
         isolate=config.data.isolate_documents,
         max_bad_frac=config.data.max_bad_frac,
     )
-    precision = best_precision(config.train.precision)
+    precision = best_precision(config.train.precision, config.parallel.zero_stage)
     device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     recorder = Recorder(job, on=mesh.rank == 0, device_name=device_name, precision=precision)
     try:
@@ -88,7 +88,7 @@ def build_engine(job: Job, mesh: Mesh) -> Engine:
         config.parallel,
         config.train,
         param_groups=param_groups(model, config.train),
-        precision=best_precision(config.train.precision),
+        precision=best_precision(config.train.precision, config.parallel.zero_stage),
         microbatch_rows=config.microbatch_rows,
         microbatches=config.microbatches_per_step,
     )

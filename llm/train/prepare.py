@@ -17,7 +17,8 @@ from llm.data.sources import list_files, plan_slices
 from llm.data.window import Recipe, held_out_rows
 from llm.errors import ConfigError, DataError
 from llm.job import Job
-from llm.model.presets import check_model, model_config
+from llm.model.checks import check_model
+from llm.model.presets import model_config
 from llm.storage import is_s3, join, local_path, read_bytes, write_bytes
 from llm.tokenizer import load_tokenizer
 

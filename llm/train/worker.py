@@ -6,7 +6,6 @@ cost a process 6 s of CPU time.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import tempfile
 import time
@@ -49,7 +48,6 @@ def _train(job: Job, mesh: Mesh, blocks: Iterator[Any] | None, context: Any, pha
     from llm.train.loop import train
 
     phases["importing torch, DeepSpeed and transformers"] = time.perf_counter() - began_s
-    keep_freed_memory()
     local_rank, local_size = context.get_local_rank(), context.get_local_world_size()
     os.environ |= {"RANK": str(mesh.rank), "WORLD_SIZE": str(mesh.world_size), "LOCAL_RANK": str(local_rank)}
     # Logical CPUs follow the plan, threads follow the cores: 4 workers on 2 cores run one thread each.
@@ -62,18 +60,6 @@ def _train(job: Job, mesh: Mesh, blocks: Iterator[Any] | None, context: Any, pha
         train(job, mesh, blocks, newest_state(CheckpointStore(job.run_uri, job.config.s3)), phases)
     finally:
         dist.destroy_process_group()
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc's allocator to keep what is freed, up to 2 GiB, instead of giving it back to the system after every tensor: on the CPU
-    each microbatch would pay for page faults again (seen: 15 to 20% of a step on 2 cores). Does nothing on other C libraries."""
-    m_trim_threshold, m_mmap_threshold = -1, -3
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(m_mmap_threshold, 32 << 20)  # the most that glibc takes
-        libc.mallopt(m_trim_threshold, (1 << 31) - 1)
-    except (OSError, AttributeError):
-        return
 
 
 def _require_tensor_groups_on_nodes(mesh: Mesh, node_rank: int) -> None:

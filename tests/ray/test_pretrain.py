@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import psutil
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm.metrics import read_rows, rows_of
-
-ROOT = Path(__file__).parents[2]
-
-
-def start(recipe: Path, *overrides: str) -> subprocess.Popen[str]:
-    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_AUTH_MODE", "RAY_ADDRESS")}
-    command = [sys.executable, "-m", "jobs.pretrain", "--config", str(recipe)]
-    for override in overrides:
-        command += ["--set", override]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+from tests.small_run import start_run
 
 
 def test_four_workers_train_export_and_resume(recipe):
     """TP 2 x DP 2 with ZeRO 1 on however many cores there are; then the same command with more steps goes on from the checkpoint."""
     overrides = ("parallel.workers=4", "parallel.tensor=2", "train.schedule=constant")
-    first = start(recipe, *overrides)
+    first = start_run(recipe, *overrides)
     out, err = first.communicate(timeout=400)
     assert first.returncode == 0, err[-3000:]
     run = recipe.parent / "runs" / "small"
@@ -48,20 +35,20 @@ def test_four_workers_train_export_and_resume(recipe):
     ids = tokenizer("sentence 5 speaks", return_tensors="pt").input_ids
     assert torch.isfinite(model(ids).logits).all()
 
-    second = start(recipe, *overrides, "train.steps=8")
+    second = start_run(recipe, *overrides, "train.steps=8")
     _, err = second.communicate(timeout=400)
     assert second.returncode == 0, err[-3000:]
     rows = read_rows(run / "metrics.jsonl")
     assert [row["step"] for row in rows_of(rows, "step")] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert rows_of(rows, "event", "restart")[0]["step"] == 6
 
-    third = start(recipe, *overrides, "train.steps=8")
+    third = start_run(recipe, *overrides, "train.steps=8")
     out, _ = third.communicate(timeout=60)
     assert third.returncode == 0 and "is finished" in out
 
 
 def test_ctrl_c_ends_the_run_within_ten_seconds_and_leaves_no_process(recipe):
-    process = start(recipe, "train.steps=100000", "eval.every_steps=0")
+    process = start_run(recipe, "train.steps=100000", "eval.every_steps=0")
     metrics = recipe.parent / "runs" / "small" / "metrics.jsonl"
     deadline = time.monotonic() + 200
     while not rows_of(read_rows(metrics), "step"):

@@ -80,6 +80,7 @@ def cluster(bare_python: Path) -> Iterator[dict[str, str]]:
 def submit(cluster: dict[str, str], recipe: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *RAY, "job", "submit", "--address", cluster["RAY_API"], "--working-dir", ".", "--"]
     command += ["python", "-m", "jobs.pretrain", "--config", str(recipe)]
+    command += ["--set", f"run.storage={recipe.parent}/runs"]  # the job's own folder is Ray's copy of the working tree
     for override in overrides:
         command += ["--set", override]
     return subprocess.run(command, cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=400, check=False)

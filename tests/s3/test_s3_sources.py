@@ -13,8 +13,10 @@ import zstandard
 
 from llm import storage
 from llm.config import S3Section, SourceSection
-from llm.data.sources import BadRecord, Document, list_files, plan_slices, read_slice
+from llm.data.records import BadRecord, Document, read_slice
+from llm.data.sources import list_files, plan_slices
 from llm.errors import DataError, StorageError
+from llm.file_listing import find_files
 from tests.s3_server import S3Server
 
 S3 = S3Section(connect_timeout_s=3, request_timeout_s=10)
@@ -92,7 +94,7 @@ def explained(call, *args: object) -> str:
     return str(error.value)
 
 
-CALLS = [storage.read_bytes, storage.exists, storage.find_files, lambda uri, s3: storage.write_bytes(uri, b"x", s3)]
+CALLS = [storage.read_bytes, storage.exists, find_files, lambda uri, s3: storage.write_bytes(uri, b"x", s3)]
 CALL_NAMES = ["read", "exists", "find", "write"]
 
 
@@ -139,7 +141,7 @@ def test_a_missing_name_suggests_the_nearest(bucket: str) -> None:
 def test_an_endpoint_that_speaks_no_tls(bucket: str, s3_env: S3Server) -> None:
     s3 = S3Section(endpoint_url=s3_env.endpoint.replace("http://", "https://"))
     assert "cannot connect to https://127.0.0.1" in explained(storage.read_bytes, f"{bucket}/plain.jsonl", s3)
-    assert "cannot connect to https://127.0.0.1" in explained(storage.find_files, f"{bucket}/plain.jsonl", s3)
+    assert "cannot connect to https://127.0.0.1" in explained(find_files, f"{bucket}/plain.jsonl", s3)
 
 
 @pytest.mark.usefixtures("s3_env")

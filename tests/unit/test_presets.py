@@ -9,8 +9,9 @@ import pytest
 
 from llm.config import ModelSection
 from llm.errors import ModelError
+from llm.model.checks import check_model
 from llm.model.families import ALIASES, ISOLATES, TENSOR_PARALLEL, WHY_NOT_SPLIT, field
-from llm.model.presets import PRESETS, check_model, model_config
+from llm.model.presets import PRESETS, model_config
 
 
 def no_file(path: str) -> bytes:

@@ -13,9 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llm.config import S3Section, SourceSection
-from llm.data import sources
+from llm.data import records as reading
 from llm.data.order import MIN_SLICES_PER_SOURCE, Slice, SourceFile
-from llm.data.sources import BadRecord, Document, list_files, plan_slices, read_slice
+from llm.data.records import BadRecord, Document, read_slice
+from llm.data.sources import list_files, plan_slices
 from llm.errors import DataError, StorageError
 
 S3 = S3Section()
@@ -310,7 +311,7 @@ def test_a_file_that_is_not_compressed_at_all(tmp_path: Path, suffix: str) -> No
 
 
 def test_long_compressed_text_is_cut_at_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "COMPRESSED_TEXT_BYTES", 1000)
+    monkeypatch.setattr(reading, "COMPRESSED_TEXT_BYTES", 1000)
     text = "".join(f"line {i}\n" for i in range(1000))
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
     found = texts(tmp_path)
@@ -319,9 +320,9 @@ def test_long_compressed_text_is_cut_at_lines(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst"])
 def test_a_line_too_long_is_skipped(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 3000)
-    monkeypatch.setattr(sources, "_CHUNK_BYTES", 512)
-    monkeypatch.setattr(sources, "_TAIL_BYTES", 512)
+    monkeypatch.setattr(reading, "MAX_LINE_BYTES", 3000)
+    monkeypatch.setattr(reading, "_CHUNK_BYTES", 512)
+    monkeypatch.setattr(reading, "_TAIL_BYTES", 512)
     data = jsonl(["first", "x" * 10_000, "last"])
     (tmp_path / name).write_bytes(zstandard.compress(data) if name.endswith("zst") else data)
     found = records(tmp_path, slice_bytes=1500)
@@ -358,8 +359,8 @@ def test_jsonl_slices_hold_every_line_once(
         return
     (tmp_path / "a.jsonl").write_bytes(data.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_CHUNK_BYTES", chunk)
-        patch.setattr(sources, "_TAIL_BYTES", chunk)
+        patch.setattr(reading, "_CHUNK_BYTES", chunk)
+        patch.setattr(reading, "_TAIL_BYTES", chunk)
         if texts_in:
             assert texts(tmp_path, slice_bytes) == texts_in
 

@@ -10,6 +10,7 @@ import pytest
 from llm import storage
 from llm.config import S3Section
 from llm.errors import StorageError
+from llm.file_listing import find_files, nearest_uri
 
 S3 = S3Section()
 
@@ -88,9 +89,9 @@ def test_other_errors_pass_through() -> None:
 
 def test_nearest_uri(tmp_path: Path) -> None:
     (tmp_path / "corpus" / "english").mkdir(parents=True)
-    assert storage.nearest_uri(str(tmp_path / "corpsu" / "english"), S3) == str(tmp_path / "corpus")
-    assert storage.nearest_uri(str(tmp_path / "corpus" / "englihs"), S3) == str(tmp_path / "corpus" / "english")
-    assert storage.nearest_uri(str(tmp_path / "corpus" / "zzz"), S3) is None
+    assert nearest_uri(str(tmp_path / "corpsu" / "english"), S3) == str(tmp_path / "corpus")
+    assert nearest_uri(str(tmp_path / "corpus" / "englihs"), S3) == str(tmp_path / "corpus" / "english")
+    assert nearest_uri(str(tmp_path / "corpus" / "zzz"), S3) is None
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def aws_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("aws_keys")
-@pytest.mark.parametrize("call", [storage.read_bytes, storage.exists, storage.find_files])
+@pytest.mark.parametrize("call", [storage.read_bytes, storage.exists, find_files])
 def test_an_endpoint_that_refuses_fails_soon(call) -> None:
     with socket.socket() as unused:  # bound but not listening: connections are refused, and nobody else can take the port
         unused.bind(("127.0.0.1", 0))

@@ -1,0 +1,280 @@
+"""What a slice holds: its documents, from text, JSONL and Parquet, compressed or not.
+
+A record that cannot be used is yielded as a `BadRecord` and counted by the caller, never raised: one broken line must not stop a run of a
+week. A file that cannot be read at all is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zstandard
+
+from llm.config import S3Section
+from llm.data.order import Compression, Slice, SourceFile
+from llm.errors import DataError
+from llm.storage import open_storage, storage_errors
+
+MAX_LINE_BYTES = 64 << 20  # a longer line is a broken file: it is skipped without being held in memory
+COMPRESSED_TEXT_BYTES = 1 << 20  # a compressed text file that unpacks to more becomes several documents of about this size
+_CHUNK_BYTES = 4 << 20
+_TAIL_BYTES = 64 << 10  # read at a time beyond a slice's end, to finish its last line
+_BITE_BYTES = 1 << 10  # compressed bytes unpacked at a time: a bomb expands to at most 32 MiB of memory
+_MAX_WINDOW_BYTES = 128 << 20
+_PARQUET_BATCH_ROWS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    text: str
+    uri: str
+    position: int  # byte offset in plain text and JSONL, line (from 1) in compressed JSONL, row (from 0) in Parquet
+
+
+@dataclass(frozen=True, slots=True)
+class BadRecord:
+    uri: str
+    position: int  # as in Document; where a file is damaged, the place from which nothing could be read
+    reason: str
+
+
+class _Raw(NamedTuple):
+    """A record before it is parsed: bytes of a text or of a JSON line, a Parquet scalar, or what is wrong with it."""
+
+    uri: str
+    position: int
+    value: Any
+    is_json: bool = False
+    bad: str | None = None
+
+
+_TOO_LONG = f"a line of more than {MAX_LINE_BYTES >> 20} MiB"
+
+
+class _DamagedError(Exception):
+    """Nothing more can be read from this stream; the text says why."""
+
+
+def read_slice(piece: Slice, text_field: str, s3: S3Section) -> Iterator[Document | BadRecord]:
+    """The documents of a slice in file order, with a BadRecord in the place of each that is unusable.
+
+    Records, bad ones included, are numbered 0, 1, ... within the slice; blank lines are no records. With stripes only
+    every `num_stripes`-th is parsed, but all are read. Where a file is damaged, what stands before the damage is
+    yielded, then one BadRecord for the rest. A text file is one document; a byte range of one, or each
+    COMPRESSED_TEXT_BYTES of a compressed one, is a document of whole lines. Memory: a few chunks of 4 MiB and the
+    longest line, or the row groups of a Parquet slice.
+
+    Raises StorageError when a file cannot be opened or the connection is lost, DataError when its size changed since it
+    was listed.
+    """
+    for number, raw in enumerate(raw for file in piece.files for raw in _read_file(file, piece, text_field, s3)):
+        if number % piece.num_stripes == piece.stripe:
+            yield _parse(raw, text_field)
+
+
+def _read_file(file: SourceFile, piece: Slice, text_field: str, s3: S3Section) -> Iterator[_Raw]:
+    filesystem, path = open_storage(file.uri, s3)
+    with storage_errors(file.uri, s3), filesystem.open_input_file(path) as stream:
+        if (size := stream.size()) != file.size_bytes:
+            raise DataError(
+                f"{file.uri}: changed during the run: {file.size_bytes} bytes when listed, {size} now.\n"
+                "  Put the old file back, or start a run of another name on the new one."
+            )
+        if file.format == "parquet":
+            yield from _parquet_rows(file, stream, piece, text_field)
+        elif file.compression is not None:
+            yield from _compressed_records(file, stream)
+        else:
+            start, stop = (piece.start, piece.stop) if len(piece.files) == 1 else (0, size)
+            lines = _lines_between(stream, start, stop)
+            yield from _one_text(file, lines) if file.format == "text" else _json_lines(file, lines)
+
+
+def _parse(raw: _Raw, text_field: str) -> Document | BadRecord:
+    uri, position, value, is_json, bad = raw
+    if bad is not None:
+        return BadRecord(uri, position, bad)
+    try:
+        text: Any = value if isinstance(value, bytes) else value.as_py()
+        if isinstance(text, bytes):
+            text = text.decode()
+        if is_json:
+            record = json.loads(text.removeprefix("\ufeff"))
+            if not isinstance(record, dict):
+                return BadRecord(uri, position, f"a JSON {type(record).__name__}, not an object")
+            if text_field not in record:
+                return BadRecord(uri, position, f"no field {text_field!r}")
+            text = record[text_field]
+    except UnicodeDecodeError as error:
+        return BadRecord(uri, position, f"not UTF-8 (byte {error.start}: {error.reason})")
+    except RecursionError:
+        return BadRecord(uri, position, "JSON nested too deeply")
+    except ValueError as error:
+        return BadRecord(uri, position, f"not JSON: {error}")
+    if not isinstance(text, str):
+        kind = "null" if text is None else type(text).__name__
+        return BadRecord(uri, position, f"field {text_field!r} is {kind}, not a string")
+    return Document(text, uri, position)
+
+
+def _one_text(file: SourceFile, lines: Iterable[tuple[int, bytes | None]]) -> Iterator[_Raw]:
+    first, parts = -1, []
+    for offset, line in lines:
+        first = offset if first < 0 else first
+        if line is None:
+            yield _Raw(file.uri, first, None, bad=_TOO_LONG)
+            return
+        parts.append(line)
+    if parts:
+        yield _Raw(file.uri, first, b"".join(parts))
+
+
+def _json_lines(file: SourceFile, lines: Iterable[tuple[int, bytes | None]]) -> Iterator[_Raw]:
+    for position, line in lines:
+        if line is None:
+            yield _Raw(file.uri, position, None, bad=_TOO_LONG)
+        elif not line.isspace():
+            yield _Raw(file.uri, position, line, is_json=True)
+
+
+def _compressed_records(file: SourceFile, stream: pa.NativeFile) -> Iterator[_Raw]:
+    """JSONL: one record a line, at its number. Text: pieces of whole lines, each at its offset in the unpacked text."""
+    assert file.compression is not None
+    number, start, end = 0, 0, 0
+    parts: list[bytes] = []
+    bad: str | None = None
+    try:
+        for number, (offset, line) in enumerate(_split_lines(_unpacked(stream, file.compression), 0), 1):
+            if file.format == "jsonl":
+                yield from _json_lines(file, [(number, line)])
+                continue
+            if line is None:
+                bad = _TOO_LONG
+                break
+            parts.append(line)
+            end = offset + len(line)
+            if end - start >= COMPRESSED_TEXT_BYTES:
+                yield _Raw(file.uri, start, b"".join(parts))
+                parts, start = [], end
+    except _DamagedError as damage:
+        bad = str(damage)
+    if parts:
+        yield _Raw(file.uri, start, b"".join(parts))
+    if bad is not None:
+        yield _Raw(file.uri, number + 1 if file.format == "jsonl" else end, None, bad=bad)
+
+
+def _unpacked(stream: pa.NativeFile, compression: Compression) -> Iterator[bytes]:
+    """Chunks of the unpacked stream, over all gzip members or zstd frames; raises _DamagedError after the last good.
+
+    Fed in small bites, because both libraries throw away what they unpacked from a bite that turns out damaged.
+    """
+    zstd = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
+    unpacker: Any = None
+    ready: list[bytes] = []
+    ready_bytes = 0
+    while chunk := stream.read(_CHUNK_BYTES):
+        for at in range(0, len(chunk), _BITE_BYTES):
+            bite = chunk[at : at + _BITE_BYTES]
+            while bite:
+                if unpacker is None:
+                    bite = bite.lstrip(b"\0")  # archives are padded with zeros
+                    if not bite:
+                        break
+                    unpacker = zstd.decompressobj() if compression == "zstd" else zlib.decompressobj(wbits=31)
+                try:
+                    ready.append(unpacker.decompress(bite))
+                except (zlib.error, zstandard.ZstdError) as error:
+                    yield b"".join(ready)
+                    raise _DamagedError(f"damaged {compression} stream: {error}") from None
+                ready_bytes += len(ready[-1])
+                bite = unpacker.unused_data if unpacker.eof else b""
+                unpacker = None if unpacker.eof else unpacker
+            if ready_bytes >= 1 << 20:
+                yield b"".join(ready)
+                ready, ready_bytes = [], 0
+    yield b"".join(ready)
+    if unpacker is not None:
+        raise _DamagedError(f"truncated {compression} stream")
+
+
+def _lines_between(stream: pa.NativeFile, start: int, stop: int) -> Iterator[tuple[int, bytes | None]]:
+    """(offset, line) of the lines that begin in bytes [start, stop), each at 0 or after a newline. None: too long."""
+    position = max(start - 1, 0)
+    chunks = _chunks(stream, position, stop)
+    if start > 0:
+        for chunk in chunks:
+            at = chunk.find(b"\n")
+            if at >= 0:
+                position += at + 1
+                chunks = chain([chunk[at + 1 :]], chunks)
+                break
+            position += len(chunk)
+            if position >= stop:
+                return
+    yield from _split_lines(chunks, position, stop)
+
+
+def _chunks(stream: pa.NativeFile, position: int, stop: int) -> Iterator[bytes]:
+    stream.seek(position)
+    while chunk := stream.read(min(_CHUNK_BYTES, stop - position) if position < stop else _TAIL_BYTES):
+        position += len(chunk)
+        yield chunk
+
+
+def _split_lines(chunks: Iterable[bytes], offset: int, stop: int | None = None) -> Iterator[tuple[int, bytes | None]]:
+    """(offset, line with its newline) of the lines that begin before `stop`; the line is None where it is too long.
+
+    `offset` is where the chunks begin, which is where a line begins. The last line may lack its newline.
+    """
+    held: list[bytes] = []  # the beginning of a line that no chunk has ended yet
+    held_bytes = 0  # its length, also when it is too long to be held
+    for chunk in chunks:
+        lines = chunk.split(b"\n")
+        last = lines.pop()
+        for line in lines:
+            if stop is not None and offset >= stop:
+                return
+            line_bytes = held_bytes + len(line) + 1
+            whole = b"".join([*held, line, b"\n"]) if line_bytes <= MAX_LINE_BYTES else None
+            yield offset, whole
+            offset += line_bytes
+            held, held_bytes = [], 0
+        if not last:
+            continue
+        held.append(last)
+        held_bytes += len(last)
+        if held_bytes > MAX_LINE_BYTES:
+            held = []
+            if stop is not None and offset + held_bytes >= stop:
+                break  # no other line begins in this range: do not look for the end of this one
+    if held_bytes and (stop is None or offset < stop):
+        yield offset, b"".join(held) if held_bytes <= MAX_LINE_BYTES else None
+
+
+def _parquet_rows(file: SourceFile, stream: pa.NativeFile, piece: Slice, text_field: str) -> Iterator[_Raw]:
+    row = 0
+    try:
+        table = pq.ParquetFile(stream, pre_buffer=True)
+        row = sum(table.metadata.row_group(i).num_rows for i in range(piece.start))
+        groups = range(piece.start, piece.stop)
+        for batch in table.iter_batches(_PARQUET_BATCH_ROWS, list(groups), [text_field], use_threads=False):
+            for scalar in batch.column(0):
+                yield _Raw(file.uri, row, scalar)
+                row += 1
+    except (pa.ArrowException, OSError) as error:
+        if is_io_error(error):
+            raise
+        yield _Raw(file.uri, row, None, bad=f"damaged Parquet file: {str(error).splitlines()[0]}")
+
+
+def is_io_error(error: Exception) -> bool:
+    """pyarrow raises OSError for a damaged page as for a lost connection; only the latter has a number or names AWS."""
+    return isinstance(error, OSError) and (error.errno is not None or "AWS Error" in str(error))
