@@ -16,11 +16,13 @@ from cluster.errors import ClusterError
 # Reserved for blocks of token ids, not for the model: plenty for a laptop.
 LOCAL_OBJECT_STORE_BYTES = 512 << 20
 
-# A private cluster lives as long as its run, so what guards long-lived ones is left off: it costs processes at start-up.
+# A private cluster lives as long as its run, so what guards and watches long-lived ones is left off: it costs processes at
+# start-up, and 5% of a small machine all the time.
 _LOCAL_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_prestart_worker_first_driver": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_enable_metrics_collection": "0",
 }
 
 

@@ -15,8 +15,9 @@ from ray.data._internal.execution.backpressure_policy import BackpressurePolicy
 RUN_AHEAD = "headrace.run_ahead"  # (windows, rows): whichever of the two is more may be tokenized and not yet taken
 TOKENIZE = "tokenize"  # the name of the map function whose tasks are held back
 
-# With no task running, the executor's loop would spin: it asks us once a turn.
-PAUSE_S = 0.2
+# With nothing to do, the executor's loop would spin: it asks us once a turn, and a turn costs 5 ms of CPU time. We let it wait, longer
+# each time while no task runs; the trainers are given blocks by another thread.
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.5
 
 
 class RunAhead(BackpressurePolicy):
@@ -25,6 +26,8 @@ class RunAhead(BackpressurePolicy):
     Enough is so many windows, but also so many rows: where windows are small, the stages after this one need several before they can
     give out anything.
     """
+
+    _pause_s = FIRST_PAUSE_S
 
     def can_add_input(self, op: Any) -> bool:
         if TOKENIZE not in op.name:
@@ -38,5 +41,7 @@ class RunAhead(BackpressurePolicy):
         waiting = made.rows_task_outputs_generated - last.metrics.row_outputs_taken
         if waiting + made.num_tasks_running * rows_per_window < max(windows * rows_per_window, rows):
             return True
-        time.sleep(PAUSE_S)
+        idle = all(other.num_active_tasks() == 0 for other in self._topology)
+        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S) if idle else FIRST_PAUSE_S
+        time.sleep(self._pause_s)
         return False

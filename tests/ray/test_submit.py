@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shlex
 import signal
 import socket
 import subprocess
@@ -78,8 +79,10 @@ def cluster(bare_python: Path) -> Iterator[dict[str, str]]:
 
 
 def submit(cluster: dict[str, str], recipe: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *RAY, "job", "submit", "--address", cluster["RAY_API"], "--working-dir", ".", "--"]
-    command += ["python", "-m", "jobs.pretrain", "--config", str(recipe)]
+    """README's line, with another recipe."""
+    line = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("ray job submit"))
+    words = shlex.split(line.replace("jobs/recipes/tiny_cpu.yaml", str(recipe)))
+    command = [sys.executable, *RAY, *words[1:3], "--address", cluster["RAY_API"], *words[3:]]
     command += ["--set", f"run.storage={recipe.parent}/runs"]  # the job's own folder is Ray's copy of the working tree
     for override in overrides:
         command += ["--set", override]
