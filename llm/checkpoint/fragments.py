@@ -81,6 +81,16 @@ def tensors_of(engine: Engine, fragment: Fragment) -> dict[str, Tensor]:
     return found
 
 
+def undivided_state(engine: Engine, fragment: Fragment) -> dict[str, Tensor]:
+    """State of the fragment's flat tensor that is not laid out as it is, such as Muon's momentum, by a name of its own: it goes to the
+    same layout only."""
+    return {
+        f"group-{fragment.group}|{key}": value
+        for key, value in optimizer_state(engine, fragment).items()
+        if isinstance(value, Tensor) and value.dim() > 0 and value.numel() != fragment.flat.numel()
+    }
+
+
 @torch.no_grad()
 def refresh_weights(engine: Engine) -> None:
     """After fragments were written: brings the weights that forward passes use in line with the fp32 ones. All ranks must call it."""

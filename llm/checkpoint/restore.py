@@ -39,6 +39,8 @@ def restore_checkpoint(engine: Engine, state: TrainState, layout: Layout, store:
         entry = optimizer_state(engine, fragment)
         for key, value in index.counters.get(str(fragment.group), {}).items():
             entry[key] = torch.tensor(value)
+        for key in _state_keys(tensors, f"group-{fragment.group}"):
+            entry[key] = tensors[f"group-{fragment.group}|{key}"].to(fragment.flat.device)
         for key in _state_keys(tensors, fragment.name):
             if key not in entry:
                 entry[key] = torch.zeros_like(fragment.flat)

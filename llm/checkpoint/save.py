@@ -12,7 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from llm.checkpoint.fragments import optimizer_state, owned_fragments, tensors_of
+from llm.checkpoint.fragments import optimizer_state, owned_fragments, tensors_of, undivided_state
 from llm.checkpoint.layout import STATE, Layout, RankIndex, manifest, rank_files
 from llm.checkpoint.store import CheckpointStore
 from llm.checkpoint.together import together
@@ -53,8 +53,10 @@ def _write_rank(engine: Engine, folder: str, store: CheckpointStore) -> dict[str
     index, counters = {}, {}
     for fragment in owned_fragments(engine):
         index[fragment.name] = fragment.index
-        for key, value in tensors_of(engine, fragment).items():
-            tensors[f"{fragment.name}|{key}"] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
+        held = {f"{fragment.name}|{key}": value for key, value in tensors_of(engine, fragment).items()}
+        for name, value in (held | undivided_state(engine, fragment)).items():
+            if name not in tensors:
+                tensors[name] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
         entry = optimizer_state(engine, fragment)
         counters[str(fragment.group)] = {
             key: float(value)

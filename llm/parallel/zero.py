@@ -22,7 +22,7 @@ from deepspeed.runtime import compiler
 from torch import Tensor, nn
 
 from llm.config import ParallelSection, TrainSection
-from llm.errors import ModelError
+from llm.errors import ConfigError, ModelError
 from llm.parallel.mesh import Mesh
 
 # DeepSpeed asks this table only whether it can have shared-memory collectives on the CPU, and fills it by running the C++ compiler for each
@@ -36,7 +36,9 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16,
 def best_precision(asked: str, zero_stage: int) -> Precision:
     """`auto` is the best that the hardware really has: bf16 on GPUs from compute capability 8.0, fp16 from 7.0 (tensor cores; not at
     stage 0, which has no master weights), bf16 on CPUs with AMX tiles, else fp32. CPUs that only emulate bf16 are slower with it than
-    without."""
+    without. Raises ConfigError for fp16 without a GPU."""
+    if asked == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("train.precision=fp16 needs a GPU, and there is none here. Nearest legal values: bf16, fp32, auto")
     if asked != "auto":
         return asked  # pyright: ignore[reportReturnType]
     if torch.cuda.is_available():
@@ -72,10 +74,14 @@ def engine_config(
     elif precision == "bf16" and parallel.zero_stage:
         config["bf16"] = {"enabled": True}
     if train.optimizer == "muon":
+        # For the matrices between embedding and head; the rest is Adam's, torch's own, which needs no compiler. At stage 3 Muon needs whole
+        # gradients.
+        adam = {"betas": train.betas, "eps": train.eps, "torch_adam": True}
         config["optimizer"] = {
             "type": "Muon",
-            "params": {"lr": train.lr, "momentum": train.momentum, "weight_decay": train.weight_decay},
+            "params": {"lr": train.lr, "momentum": train.momentum, "weight_decay": train.weight_decay, **adam},
         }
+        zero["reduce_scatter"] = parallel.zero_stage < 3
     return config
 
 
@@ -123,6 +129,8 @@ class Engine:
             ) from error
         if mesh.tensor_size > 1:
             self._refuse_unsplit(model)
+        for group in self.optimizer.param_groups:
+            group.setdefault("peak_lr", group["lr"])  # Muon's groups are made by DeepSpeed
 
     @property
     def module(self) -> nn.Module:
@@ -145,7 +153,6 @@ class Engine:
     def step(self, lr_factor: float) -> Tensor:
         """Clips, updates the weights with every group's own learning rate x `lr_factor`; returns the gradient's global norm before
         clipping (infinite where fp16 overflowed and the update was left out)."""
-        assert self.optimizer is not None
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor
         norm = self._clip() if self.stage == 0 else None

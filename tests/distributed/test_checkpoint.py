@@ -61,11 +61,11 @@ def test_resumed_equals_uninterrupted(tmp_path, workers, tensor, stage):
     assert CheckpointStore(cut, S3Section()).steps() == [STEPS, CUT]
 
 
-def test_momentum_survives_too(tmp_path):
-    config = {"optimizer": "sgd", "lr": 0.1}
-    expected = run_ranks(_train, 2, _config(STEPS, 2, 1, 1, **config), str(tmp_path / "whole"))
-    run_ranks(_train, 2, _config(CUT, 2, 1, 1, **config), str(tmp_path / "cut"))
-    assert run_ranks(_train, 2, _config(STEPS, 2, 1, 1, **config), str(tmp_path / "cut")) == expected
+@pytest.mark.parametrize(("optimizer", "stage"), [("sgd", 1), ("muon", 1), ("muon", 2), ("muon", 3)])
+def test_momentum_survives_too(tmp_path, optimizer, stage):
+    expected = run_ranks(_train, 2, _config(STEPS, 2, 1, stage, optimizer=optimizer), str(tmp_path / "whole"))
+    run_ranks(_train, 2, _config(CUT, 2, 1, stage, optimizer=optimizer), str(tmp_path / "cut"))
+    assert run_ranks(_train, 2, _config(STEPS, 2, 1, stage, optimizer=optimizer), str(tmp_path / "cut")) == expected
 
 
 def test_another_layout_and_a_damaged_file_are_refused_by_name(tmp_path):
