@@ -111,7 +111,7 @@ def batches_per_group(seq_len: int, batch_rows: int, num_batches: int) -> int:
     return max(1, min(MAX_BATCHES_PER_GROUP, GROUP_BYTES // batch_bytes, num_batches))
 
 
-def rank_major(group_rows: int, batches: int, data_size: int, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def rank_major(group_rows: int, batches: int, data_size: int, rows: Any) -> dict[str, np.ndarray]:
     """A group's rows, those of data rank 0 first, in each rank's in order. What is left at the end of the stream, less than a group, is
     dropped: it would be dealt to the wrong ranks."""
     if len(rows["ids"]) < group_rows:

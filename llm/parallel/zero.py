@@ -27,7 +27,7 @@ from llm.parallel.mesh import Mesh
 
 # DeepSpeed asks this table only whether it can have shared-memory collectives on the CPU, and fills it by running the C++ compiler for each
 # of its operators; then it compiles those collectives: 45 s on a machine's first run, 6 s on later ones. gloo does the same work.
-vars(deepspeed.ops)["__compatible_ops__"] = {}
+deepspeed.ops.__dict__["__compatible_ops__"] = {}
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
