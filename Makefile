@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain test check bench faults clean
+.PHONY: help setup pretrain test check check-types check-units bench faults clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -38,8 +38,13 @@ test: $(STAMP) ## every test that needs no GPU, but for the slow faults
 check: $(STAMP) ## lint, format, types, layering and unit tests: under two minutes
 	@$(PY) -m ruff check -q .
 	@$(PY) -m ruff format -q --check .
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target check-types check-units
+
+check-types:
 	@$(PY) -m basedpyright --pythonpath $(PY)
 	@$(VENV)/bin/lint-imports
+
+check-units:
 	@$(PY) -m pytest tests/unit -m "$(UNMARKED)" $(ARGS)
 
 faults: $(STAMP) ## the slow tests that kill processes and damage files

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 BUILTIN = "builtin"  # the uri of the embedded corpus, and the path of the tokenizer trained on it
 
 # With microbatch_rows=auto a microbatch holds at most this many tokens: enough to fill a CPU's or a GPU's matrix units on the
-# small presets, small enough for 8B parameters in 80 GiB with activation checkpointing. `jobs.tune_batch` measures a better one.
+# small presets, small enough for 8B parameters in 80 GiB with activation checkpointing.
 AUTO_MICROBATCH_TOKENS = 8192
 
 
@@ -101,7 +101,7 @@ class TrainSection(Section):
     decay_frac: float = Field(default=0.2, gt=0, le=1, description="wsd: the fraction of the steps in which the rate decays")
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="sgd only")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="sgd and muon only")
     weight_decay: float = Field(default=0.1, ge=0, description="on matrices; never on norms, biases")
     grad_clip: float = Field(default=1.0, ge=0, description="largest gradient norm; 0: no clipping")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

@@ -54,7 +54,7 @@ class FragmentIndex:
 class RankIndex:
     tensor_rank: int
     fragments: dict[str, FragmentIndex]  # by parameter name
-    counters: dict[str, dict[str, float]]  # the optimizer's scalar state (AdamW's step), by number of the flat group
+    counters: dict[str, dict[str, int | float]]  # the optimizer's scalar state (AdamW's step), by number of the flat group
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

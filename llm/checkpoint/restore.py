@@ -32,13 +32,15 @@ def restore_checkpoint(engine: Engine, state: TrainState, layout: Layout, store:
     # At stage 0 one tensor group wrote for all data ranks.
     rank = engine.mesh.rank if engine.stage else engine.mesh.tensor_rank
     tensors, index = together(lambda: _read_rank(store, state.step, rank, files), "read its part of the checkpoint")
+    fused = any(group.get("fused") for group in engine.optimizer.param_groups)
     for fragment in owned_fragments(engine):
         if index.fragments.get(fragment.name) != fragment.index:
             raise CheckpointError(f"checkpoint {step_folder(state.step)} holds another part of {fragment.name} than this rank owns.")
         fragment.of(fragment.flat).copy_(tensors[f"{fragment.name}|{WEIGHT}"])
         entry = optimizer_state(engine, fragment)
         for key, value in index.counters.get(str(fragment.group), {}).items():
-            entry[key] = torch.tensor(value)
+            # As the optimizer made it: a Python number, or a tensor, which fused kernels want on the weights' device.
+            entry[key] = value if isinstance(value, int) else torch.tensor(value, device=fragment.flat.device if fused else "cpu")
         for key in _state_keys(tensors, f"group-{fragment.group}"):
             entry[key] = tensors[f"group-{fragment.group}|{key}"].to(fragment.flat.device)
         for key in _state_keys(tensors, fragment.name):

@@ -59,7 +59,7 @@ def _write_rank(engine: Engine, folder: str, store: CheckpointStore) -> dict[str
                 tensors[name] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
         entry = optimizer_state(engine, fragment)
         counters[str(fragment.group)] = {
-            key: float(value)
+            key: value if isinstance(value, int) else float(value)
             for key, value in entry.items()
             if isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0)
         }

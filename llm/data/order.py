@@ -115,22 +115,25 @@ class CorpusPlan:
 
 
 def plan_corpus(slices: dict[str, list[Slice]], weights: dict[str, float | None], *, window_slices: int, seed: int) -> CorpusPlan:
-    """The plan of a corpus from the slices of each source. Without weights every source gives each of its slices once an epoch; with
-    them an epoch has as many slots as the corpus has slices, shared by weight (largest remainders), at least one a source.
+    """The plan of a corpus from the slices of each source. Without weights every source gives each of its slices once an epoch. With them
+    a source's slots times its mean slice are in proportion to its weight (largest remainders), at least one slot a source, and an epoch
+    has as many slots as the corpus has slices.
 
-    Weights count slices, which are of about equal bytes; a weight of 0.7 is 70% of the bytes, near enough of the tokens.
+    A weight of 0.7 is 70% of the bytes as they are stored, near enough of the tokens where all sources are stored alike; compressed text
+    holds about three times as much.
     """
     names = tuple(slices)
     counts = [len(slices[name]) for name in names]
-    total = sum(counts)
     given = [weights[name] for name in names]
     if any(weight is None for weight in given):
         slots = counts
     else:
-        share = [float(weight) / sum(w for w in given if w) * total for weight in given if weight]
+        means = [sum(s.size_bytes for s in slices[name]) / len(slices[name]) for name in names]
+        rates = [float(weight or 0) / mean for weight, mean in zip(given, means, strict=True)]
+        share = [rate / sum(rates) * sum(counts) for rate in rates]
         slots = [max(1, int(x)) for x in share]
         by_remainder = sorted(range(len(names)), key=lambda i: (int(share[i]) - share[i], i))
-        for i in by_remainder[: max(0, total - sum(slots))]:
+        for i in by_remainder[: max(0, sum(counts) - sum(slots))]:
             slots[i] += 1
     return CorpusPlan(names, tuple(tuple(slices[n]) for n in names), tuple(slots), window_slices, seed)
 

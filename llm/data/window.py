@@ -49,11 +49,11 @@ def make_window(recipe: Recipe, epoch: int, index: int) -> tuple[Rows, WindowCou
     return shuffled(rows, (recipe.plan.seed, epoch, index)), counts
 
 
-def held_out_rows(recipe: Recipe, slices: Iterable[Slice], num_rows: int) -> Rows:
-    """The first `num_rows` rows (fewer, if there is no more text) packed from the held-out slices: the evaluation set."""
+def held_out_rows(recipe: Recipe, slices: Iterable[Slice], num_rows: int, counts: WindowCounts) -> Rows:
+    """The first `num_rows` rows (fewer, if there is no more text) packed from held-out slices; `counts` is filled along the way."""
     documents: list[list[int]] = []
     needed = num_rows * (recipe.seq_len + 1)
-    for document in token_documents(recipe, slices, WindowCounts()):
+    for document in token_documents(recipe, slices, counts):
         documents.append(document)
         needed -= len(document) + 1
         if needed <= 0:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from llm.config import ModelSection
-from llm.errors import ModelError
+from llm.errors import ModelError, StorageError
 from llm.model.families import (
     ALIASES,
     COMMON_KEYS,
@@ -172,7 +172,7 @@ def _from_folder(section: ModelSection, read_json: Callable[[str], bytes]) -> di
     file = f"{section.path.rstrip('/')}/config.json"
     try:
         content = read_json(file)
-    except OSError as error:
+    except (OSError, StorageError) as error:
         raise ModelError(
             f"model.path={section.path!r} has no readable config.json ({error}). Name a folder written by "
             f"save_pretrained, or use model.preset, one of {', '.join(PRESETS)}"

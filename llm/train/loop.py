@@ -17,6 +17,7 @@ from llm.checkpoint.restore import restore_checkpoint
 from llm.checkpoint.save import save_checkpoint
 from llm.checkpoint.store import CheckpointStore
 from llm.data.batches import Batch, BatchFetcher, Block, DataGroups
+from llm.errors import ConfigError
 from llm.export.huggingface import export_and_check, probe_logits
 from llm.job import Job
 from llm.model.build import build_model, enable_activation_checkpointing
@@ -93,6 +94,8 @@ def build_engine(job: Job, mesh: Mesh) -> Engine:
         microbatches=config.microbatches_per_step,
     )
     if config.train.compile:
+        if engine.device.type == "cpu":
+            raise ConfigError("train.compile=true needs a GPU, and there is none here. Nearest legal value: false")
         engine.deepspeed.compile()
     return engine
 

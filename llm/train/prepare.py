@@ -9,12 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from llm.config import BUILTIN, RunConfig
 from llm.data.builtin import prepare_builtin, prepare_builtin_tokenizer
 from llm.data.order import MIN_SLICE_BYTES, SLICES_PER_CORPUS, CorpusPlan, Slice, hold_out, plan_corpus
 from llm.data.pack import Rows, pack
 from llm.data.sources import list_files, plan_slices
-from llm.data.window import Recipe, held_out_rows
+from llm.data.window import Recipe, WindowCounts, held_out_rows
 from llm.errors import ConfigError, DataError
 from llm.job import Job
 from llm.model.checks import check_model
@@ -24,6 +26,14 @@ from llm.tokenizer import load_tokenizer
 
 # Held-out slices are chosen to hold this many bytes a token: enough for any language, little enough to leave the rest for training.
 EVAL_BYTES_PER_TOKEN = 8
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What one source gives to evaluation."""
+
+    slices: list[Slice]
+    num_rows: int
 
 
 @dataclass(frozen=True)
@@ -60,31 +70,42 @@ def prepare(config: RunConfig, run_uri: str, started_at_s: float) -> Prepared:
     return Prepared(Job(config, run_uri, model, tokenizer, rows, started_at_s), recipe)
 
 
-def plan_sources(config: RunConfig) -> tuple[CorpusPlan, list[Slice]]:
-    """(the plan of the training slices, the held-out slices) of all sources."""
+def plan_sources(config: RunConfig) -> tuple[CorpusPlan, list[HeldOut]]:
+    """(the plan of the training slices, what is held out) of all sources. Evaluation mixes them as training does: by weight or bytes."""
     data = config.data
     files = {source.name: list_files(source, config.s3) for source in data.sources}
-    total = sum(file.size_bytes for found in files.values() for file in found)
+    sizes = {name: sum(file.size_bytes for file in found) for name, found in files.items()}
+    total = sum(sizes.values())
     # Small corpora are cut finer, so that there is something to mix and to hold out.
     slice_bytes = min(data.slice_bytes, max(MIN_SLICE_BYTES, total // SLICES_PER_CORPUS))
-    eval_bytes = config.eval.rows * (data.seq_len + 1) * EVAL_BYTES_PER_TOKEN
-    training: dict[str, list[Slice]] = {}
-    held_out: list[Slice] = []
-    for name, found in files.items():
-        slices = plan_slices(found, slice_bytes)
-        share = sum(file.size_bytes for file in found) / total
-        training[name], held = hold_out(slices, int(eval_bytes * share), config.run.seed, name)
-        held_out += held
     weights = {source.name: source.weight for source in data.sources}
+    shares = {name: weights[name] or size for name, size in sizes.items()}
+    training: dict[str, list[Slice]] = {}
+    held_out: list[HeldOut] = []
+    rows_left, shares_left = config.eval.rows, sum(shares.values())
+    for name, found in files.items():
+        rows = round(rows_left * shares[name] / shares_left)
+        rows_left, shares_left = rows_left - rows, shares_left - shares[name]
+        needed_bytes = rows * (data.seq_len + 1) * EVAL_BYTES_PER_TOKEN
+        training[name], held = hold_out(plan_slices(found, slice_bytes), needed_bytes, config.run.seed, name)
+        held_out.append(HeldOut(held, rows))
     return plan_corpus(training, weights, window_slices=data.window_slices, seed=config.run.seed), held_out
 
 
-def evaluation_rows(config: RunConfig, recipe: Recipe, held_out: list[Slice]) -> Rows:
-    if not config.eval.rows:
+def evaluation_rows(config: RunConfig, recipe: Recipe, held_out: list[HeldOut]) -> Rows:
+    counts = WindowCounts()
+    parts = [held_out_rows(recipe, each.slices, each.num_rows, counts) for each in held_out if each.num_rows]
+    if not parts:
         return pack([], config.data.seq_len, recipe.tokenizer.eos_id)
-    rows = held_out_rows(recipe, held_out, config.eval.rows)
+    rows = Rows(np.concatenate([part.ids for part in parts]), np.concatenate([part.segments for part in parts]))
     if not len(rows):
         names = ", ".join(source.uri for source in config.data.sources)
+        if counts.bad:
+            first = counts.bad[0]
+            raise DataError(
+                f"{len(counts.bad)} of the first {counts.records} records of {names} are unreadable, and no text is left. "
+                f"The first: {first.uri}, at {first.position}: {first.reason}."
+            )
         raise DataError(
             f"no text is left to hold out for evaluation in {names}: the corpus is empty after cleaning, or has a single record. "
             "Add text, lower data.clean.min_chars, or set eval.rows=0."

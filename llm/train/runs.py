@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from llm.checkpoint.layout import Layout
+from llm.checkpoint.newest import read_state, require_same_layout
 from llm.checkpoint.store import CheckpointStore
 from llm.config import RunConfig
 from llm.config_file import config_differences, dump_run, parse_run
@@ -65,9 +67,15 @@ def require_finished(config: RunConfig) -> None:
 
 def _require_same_run(config: RunConfig) -> None:
     uri = run_uri(config)
-    recorded = join(uri, CONFIG)
-    if not exists(recorded, config.s3) or not CheckpointStore(uri, config.s3).steps():
+    recorded, store = join(uri, CONFIG), CheckpointStore(uri, config.s3)
+    found = read_state(store)
+    if found is None or not exists(recorded, config.s3):
         return
+    state, there = found
+    parallel = config.parallel
+    # The precision that `auto` is on the workers' hardware is theirs to compare.
+    here = Layout(parallel.workers, parallel.tensor, parallel.zero_stage, there.precision, config.train.optimizer)
+    require_same_layout(there, here, state.step)
     changed = config_differences(parse_run(read_bytes(recorded, config.s3).decode(), recorded), config)
     if changed:
         told = "\n".join(f"  {line}" for line in changed)

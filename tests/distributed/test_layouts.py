@@ -68,6 +68,13 @@ def test_offload_and_other_optimizers_equal_one_process(optimizer, parallel):
     assert result.losses == pytest.approx(alone.losses, abs=TOLERANCE)
 
 
+@pytest.mark.parametrize("parallel", [{"workers": 2, "zero_stage": 3}, {"workers": 2, "tensor": 2}], ids=["zero3", "tp2"])
+def test_activation_checkpointing_changes_no_loss(parallel):
+    train = {"microbatch_rows": 2, "activation_checkpointing": True}
+    result = run_layout(make_config(train=train, parallel=parallel), MODELS["llama_untied"])
+    assert result.losses == pytest.approx(one_process("llama_untied").losses, abs=TOLERANCE)
+
+
 def test_isolated_documents_have_the_same_loss_on_every_layout():
     data = {"isolate_documents": True}
     train = {"microbatch_rows": 2, "steps": 6}

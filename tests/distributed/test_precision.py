@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import pytest
+import torch
 
 from llm.errors import ConfigError
 from tests.distributed.layouts import llama, make_config, run_layout
@@ -27,9 +28,14 @@ def test_bf16_follows_fp32(workers, stage):
     assert losses[-1] < losses[0] - 0.1
 
 
-def test_fp16_without_a_gpu_is_refused_by_name():
-    with pytest.raises(ConfigError, match=r"train\.precision=fp16 needs a GPU.*Nearest legal values: bf16"):
-        run_layout(make_config(train={"microbatch_rows": 2, "precision": "fp16"}), MODEL)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(("key", "value", "told"), [
+    ("precision", "fp16", r"train\.precision=fp16 needs a GPU.*Nearest legal values: bf16"),
+    ("compile", True, r"train\.compile=true needs a GPU.*Nearest legal value: false"),
+])  # fmt: skip
+def test_what_needs_a_gpu_is_refused_by_name_without_one(key, value, told):
+    with pytest.raises(ConfigError, match=told):
+        run_layout(make_config(train={"microbatch_rows": 2, key: value}), MODEL)
 
 
 @pytest.mark.parametrize(("workers", "stage"), [(1, 1), (2, 1), (2, 2), (2, 3)])
