@@ -19,7 +19,7 @@ from llm.observe.quiet import redirect_noise
 from llm.observe.watch import RunWatcher
 from llm.storage import is_s3
 from llm.train.prepare import Prepared, prepare
-from llm.train.runs import claim_run, require_finished, run_uri, write_config
+from llm.train.runs import claim_run, record_run, require_finished, run_uri
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,7 +64,7 @@ def pretrain(config: RunConfig, started_at_s: float) -> None:
     with ProgressLine(config.train.steps, every_steps=config.log.every_steps) as progress:
         with progress.phase("reading the corpus and the tokenizer"):
             prepared = prepare(config, uri, started_at_s)
-            write_config(config)
+            record_run(config, prepared.stream.files, prepared.job.tokenizer.fingerprint)
         watcher = RunWatcher(uri, config.s3, config.log, config.model_dump(), progress)
         with redirect_noise(watcher.folder / "logs" / "driver.log"), tempfile.TemporaryDirectory() as ray_folder:
             try:

@@ -10,7 +10,8 @@ from typing import get_args
 from llm.config import BUILTIN, S3Section, SourceSection
 from llm.data.builtin import prepare_builtin
 from llm.data.records import Document, read_slice
-from llm.data.sources import list_files, plan_slices
+from llm.data.slices import plan_slices
+from llm.data.sources import list_files
 from llm.errors import HeadraceError
 from llm.tokenizer import TokenizerKind, save_tokenizer, train_tokenizer
 
@@ -40,7 +41,7 @@ def sample_texts(uris: list[str], text_field: str, max_bytes: int, s3: S3Section
     for i, uri in enumerate(uris):
         uri = prepare_builtin().uri if uri == BUILTIN else uri
         files = list_files(SourceSection(name=f"input-{i}", uri=uri, weight=None, text_field=text_field), s3)
-        slices += plan_slices(files, SLICE_BYTES)
+        slices += plan_slices(uri, files, SLICE_BYTES)
     wanted = min(len(slices), max(16, -(-max_bytes // SAMPLE_BYTES_PER_SLICE)))
     given = 0
     for i in range(wanted):

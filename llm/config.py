@@ -67,14 +67,27 @@ class CleanSection(Section):
     min_chars: int = Field(default=1, ge=0)
 
 
+class CacheSection(Section):
+    enabled: bool = Field(default=True, description="keep packed token ids, so that epochs, restarts and sweep trials read them again")
+    uri: str | None = Field(default=None, min_length=1, description="a folder, or s3://bucket/prefix; None: cache/tokens in run.storage")
+    max_gib: float = Field(default=20, gt=0, description="the files unused for the longest time go when it is larger")
+
+
+class MixtureStage(Section):
+    from_step: int = Field(ge=1, description="the first block of windows begun at this step has these weights")
+    weights: dict[str, float] = Field(min_length=1, description="by source; a source that is not named has 0")
+
+
 class DataSection(Section):
     seq_len: int = Field(ge=2, description="tokens a row that the model predicts; a row holds seq_len + 1 ids")
     sources: list[SourceSection] = Field(min_length=1)
     clean: CleanSection = CleanSection()
     isolate_documents: bool = Field(default=False, description="attention and loss stop at document boundaries; positions restart")
-    slice_bytes: int = Field(default=1 << 20, ge=4096, description="how much of a source one slice reads, at most")
-    window_slices: int = Field(default=4, ge=1, description="slices that are mixed, packed and shuffled together")
+    schedule: list[MixtureStage] = Field(default=[], description="other weights from later steps on: a curriculum")
+    slice_bytes: int = Field(default=1 << 20, ge=4096, description="text that one slice holds, about: what is read and packed at once")
+    window_slices: int = Field(default=4, ge=1, description="slices whose rows are shuffled together")
     windows_ahead: int = Field(default=2, ge=1, description="windows tokenized at once, ahead of training")
+    cache: CacheSection = CacheSection()
     max_bad_frac: float = Field(default=0.01, ge=0, le=1, description="unreadable records above which the run stops, as a fraction")
 
 
@@ -218,11 +231,29 @@ def cross_checks(config: RunConfig) -> list[tuple[str, str]]:
     if train.optimizer == "muon" and parallel.tensor > 1:
         text = f"train.optimizer=muon orthogonalizes whole matrices, and parallel.tensor={parallel.tensor} holds parts of them. "
         found.append(("train.optimizer", text + "Nearest legal value: adamw. Or set parallel.tensor=1"))
+    found += _source_problems(config)
+    return found
+
+
+def _source_problems(config: RunConfig) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
     names = [source.name for source in config.data.sources]
     for name in sorted({n for n in names if names.count(n) > 1}):
         found.append(("data.sources", f"two sources are named {name!r}; names must differ"))
     if len({source.weight is None for source in config.data.sources}) > 1:
         found.append(("data.sources", "some sources have a weight and some have none: give all of them one, or none"))
+    before = 0
+    for number, stage in enumerate(config.data.schedule):
+        key = f"data.schedule.{number}"
+        if config.data.sources[0].weight is None:
+            found.append((key, "a schedule changes weights: give every source the weight that it has at first"))
+        if stage.from_step <= before:
+            found.append((key, f"from_step={stage.from_step} must be above {before}, where the stage before it begins"))
+        if unknown := sorted(set(stage.weights) - set(names)):
+            found.append((key, f"no source is named {unknown[0]!r}. Nearest legal names: {', '.join(names)}"))
+        if not all(weight >= 0 for weight in stage.weights.values()) or not sum(stage.weights.values()) > 0:
+            found.append((key, f"weights={stage.weights}: each must be at least 0, and one above 0"))
+        before = stage.from_step
     return found
 
 

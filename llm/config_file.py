@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "run.storage",
     "run.if_finished",
     "data.windows_ahead",
+    "data.cache",
     "data.max_bad_frac",
     "parallel",
     "train.microbatch_rows",

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm.config import RunConfig
+from llm.data.identity import StreamIdentity
+from llm.data.order import Schedule
 from llm.data.pack import Rows
 from llm.tokenizer import Tokenizer
 
@@ -17,4 +19,6 @@ class Job:
     model_config: dict[str, Any]  # the Hugging Face config of the model to build
     tokenizer: Tokenizer
     eval_rows: Rows  # held out of training; empty where eval.rows is 0
+    schedule: Schedule  # of the mixture's stages
+    stream: StreamIdentity  # what the order of the stream follows from
     started_at_s: float  # Unix time at which the user's command began: start-up is counted from there

@@ -76,15 +76,16 @@ def read_bytes(uri: str, s3: S3Section) -> bytes:
         return stream.read()
 
 
-def write_bytes(uri: str, data: bytes, s3: S3Section) -> None:
-    """Creates or replaces a file as one act: a reader sees the old bytes or the new, never a part. Makes folders."""
+def write_bytes(uri: str, data: bytes | pa.Buffer, s3: S3Section, *, durable: bool = True) -> None:
+    """Creates or replaces a file as one act: a reader sees the old bytes or the new, never a part. Makes folders. What is `durable` is on
+    the disk when this returns."""
     filesystem, path = open_storage(uri, s3)
     with storage_errors(uri, s3, doing="write"):
         if is_s3(uri):
             with filesystem.open_output_stream(path) as stream:
                 stream.write(data)
         else:
-            _write_local(Path(path), data)
+            _write_local(Path(path), data, durable)
 
 
 def exists(uri: str, s3: S3Section) -> bool:
@@ -135,14 +136,15 @@ _LOCAL_FIXES = {
 }
 
 
-def _write_local(path: Path, data: bytes) -> None:
+def _write_local(path: Path, data: bytes | pa.Buffer, durable: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as stream:
             stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
+            if durable:
+                stream.flush()
+                os.fsync(stream.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

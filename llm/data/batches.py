@@ -1,26 +1,29 @@
 """Blocks of rows -> this rank's part of each batch, fetched ahead of the step that needs it.
 
 Tensor rank 0 of each data rank reads one block a step and broadcasts it to its tensor peers, which never touch the pipeline. The ranks
-then agree on what a batch is as a whole: how many tokens it predicts (the loss is divided by it), and the cursor after it. Both run in a
-thread, on process groups of their own, one step ahead of training.
+then agree on what a batch is as a whole: how many tokens it predicts (the loss is divided by it), the digests of its rows (the ledger is
+made of them), and the cursor after it. Both run in a thread, on process groups of their own, one step ahead of training.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llm.data.order import Cursor
+from llm.data.ledger import DIGEST_BYTES, row_digests
+from llm.data.order import Cursor, Schedule
 from llm.errors import DataError, TrainingError
 from llm.parallel.mesh import Mesh
+from llm.state import COUNTED, TrainState
 
 BATCHES_AHEAD = 2
 MIN_RECORDS_JUDGED = 1000  # data.max_bad_frac is a fraction of at least this many records, so that one early bad record ends no run
@@ -28,14 +31,24 @@ MIN_RECORDS_JUDGED = 1000  # data.max_bad_frac is a fraction of at least this ma
 Block = Mapping[str, np.ndarray]
 
 
+class Reader(Protocol):
+    """A data rank's access to the stream. Every data rank must begin at the same cursor."""
+
+    def begin(self, cursor: Cursor) -> Iterator[Block]:
+        """The data rank's blocks from the cursor on, `rank_rows` rows each, for one pass; a call ends the pass before."""
+        ...
+
+
 @dataclass(frozen=True)
 class Batch:
-    """One data rank's part of one step's batch; the scalars are about the whole batch."""
+    """One data rank's part of one step's batch; all but the rows is about the whole batch."""
 
     ids: Tensor  # int32 (rank_rows, seq_len + 1), on the CPU
     segments: Tensor  # int32, same shape; 0 is padding
     predicted_tokens: int
     cursor: Cursor  # the sequence after the batch's last
+    digests: np.ndarray  # uint8 (batch_rows, DIGEST_BYTES), in the batch's order
+    counts: Counter[str]  # records of the windows that it begins, see COUNTED
 
 
 class DataGroups:
@@ -53,31 +66,35 @@ class DataGroups:
 
 
 class BatchFetcher:
-    """Iterates exactly `num_batches` batches, fetched by a thread that starts at once, while the caller builds its model.
+    """Iterates exactly `num_batches` batches from `start` on, fetched by a thread that starts at once, while the caller builds its model.
 
-    `blocks` gives `rank_rows` rows each, on tensor rank 0 only (None on its peers). Iterating raises DataError where the corpus ends too
-    early or too many records are bad, on every rank, so that none waits for another.
+    `reader` is there on tensor rank 0 only (None on its peers). Iterating raises DataError where the corpus holds no text or too many
+    records are bad, on every rank, so that none waits for another.
     """
 
     def __init__(
         self,
-        blocks: Iterable[Block] | None,
+        reader: Reader | None,
         mesh: Mesh,
         groups: DataGroups,
         *,
+        start: TrainState,
+        schedule: Schedule,
         num_batches: int,
         rank_rows: int,
         seq_len: int,
         isolate: bool,
         max_bad_frac: float,
     ) -> None:
-        self._source = iter(blocks) if blocks is not None else None
+        self._reader = reader
         self._mesh = mesh
+        self._start = start
+        self._schedule = schedule
         self._num_batches = num_batches
         self._shape = (2, rank_rows, seq_len + 1)
         self._isolate = isolate
         self._max_bad_frac = max_bad_frac
-        self._tally = np.zeros(2, dtype=np.int64)  # records, bad ones
+        self._counts = Counter(start.counts)
         self._fetched: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=BATCHES_AHEAD)
         self._stopped = threading.Event()
         self._groups = groups
@@ -97,13 +114,32 @@ class BatchFetcher:
 
     def _fetch(self) -> None:
         try:
-            for _ in range(self._num_batches):
-                block = None if self._source is None else next(self._source, None)
+            for batch in self._batches():
+                self._put(batch)
                 if self._stopped.is_set():
                     return
-                self._put(self._agreed(block))
         except BaseException as error:  # given to the training thread, which raises it
             self._put(error)
+
+    def _batches(self) -> Iterator[Batch]:
+        """A pass over the stream begins with the run, where a stage begins, and where the pass before has ended."""
+        cursor, blocks, fresh = self._start.cursor, None, False
+        for step in range(self._start.step, self._start.step + self._num_batches):
+            at = self._schedule.at_step(cursor, step)
+            if blocks is None or at != cursor:
+                blocks, fresh = self._begin(at), True
+            while (batch := self._agreed(next(blocks, None), at)) is None:
+                if fresh:
+                    raise DataError(
+                        "the stream gave no batch: the corpus holds almost no text after cleaning, less than train.batch_rows="
+                        f"{self._shape[1] * self._mesh.data_size} rows in many windows. Check data.sources and data.clean.min_chars."
+                    )
+                blocks, fresh = self._begin(at), True
+            cursor, fresh = batch.cursor, False
+            yield batch
+
+    def _begin(self, cursor: Cursor) -> Iterator[Block | None]:
+        return iter(()) if self._reader is None else iter(self._reader.begin(cursor))
 
     def _put(self, item: Batch | BaseException) -> None:
         while not self._stopped.is_set():
@@ -112,37 +148,41 @@ class BatchFetcher:
             except queue.Full:
                 continue
 
-    def _agreed(self, block: Block | None) -> Batch:
-        """The batch that this rank's block is a part of, once all ranks have told what they hold."""
-        mesh, groups = self._mesh, self._groups
+    def _agreed(self, block: Block | None, at: Cursor) -> Batch | None:
+        """The batch that this rank's block is a part of, once all ranks have told what they hold; None where the pass is at its end."""
+        mesh, groups, rank_rows = self._mesh, self._groups, self._shape[1]
         rows = torch.zeros(self._shape, dtype=torch.int32)
-        facts = torch.zeros(7, dtype=torch.int64)  # has a block, predicted tokens, epoch, window, next offset, records, bad ones
-        if block is not None and len(block["ids"]) == self._shape[1]:
+        # Whether there is a block, predicted tokens, epoch, window, next offset; COUNTED; the rows' digests.
+        facts = np.zeros(5 + len(COUNTED) + rank_rows * DIGEST_BYTES // 8, dtype=np.int64)
+        if block is not None and len(block["ids"]) == rank_rows:
             rows[0] = torch.from_numpy(np.array(block["ids"], dtype=np.int32))
             rows[1] = torch.from_numpy(np.array(block["segments"], dtype=np.int32))
             epoch, window, offset = (int(x) for x in block["position"][-1])
-            read, bad = int(block["records"].sum()), int(block["bad"].sum())
-            facts = torch.tensor([1, count_predicted(rows[1], self._isolate), epoch, window, offset + 1, read, bad])
+            facts[:5] = 1, count_predicted(rows[1], self._isolate), epoch, window, offset + 1
+            facts[5 : 5 + len(COUNTED)] = block["counts"].sum(axis=0)
+            facts[5 + len(COUNTED) :] = row_digests(rows[0].numpy(), rows[1].numpy()).reshape(-1).view(np.int64)
         if groups.tensor is not None:
             dist.broadcast(rows, src=groups.first_rank, group=groups.tensor)
-        gathered = [torch.empty_like(facts) for _ in range(mesh.world_size)]
-        dist.all_gather(gathered, facts, group=groups.world)
-        readers = torch.stack(gathered[:: mesh.tensor_size])
-        self._check(readers)
-        cursor = Cursor(int(readers[-1, 2]), int(readers[-1, 3]), int(readers[-1, 4]))
+        gathered = [torch.empty(len(facts), dtype=torch.int64) for _ in range(mesh.world_size)]
+        dist.all_gather(gathered, torch.from_numpy(facts), group=groups.world)
+        readers = torch.stack(gathered[:: mesh.tensor_size]).numpy()
+        if not readers[:, 0].any():
+            return None
+        if not readers[:, 0].all():
+            raise TrainingError(f"data ranks disagree on the stream after {at}: some have a block of {rank_rows} rows, some have none.")
+        counts: Counter[str] = Counter(dict(zip(COUNTED, readers[:, 5 : 5 + len(COUNTED)].sum(axis=0).tolist(), strict=True)))
+        self._judge(counts)
         predicted = int(readers[:, 1].sum())
+        epoch, window, offset = (int(x) for x in readers[-1, 2:5])
+        cursor = Cursor(epoch, window, offset, at.began)
         if predicted == 0:
             raise TrainingError(f"the batch before {cursor} has no token to predict: all its documents are one token long.")
-        return Batch(rows[0], rows[1], predicted, cursor)
+        digests = np.ascontiguousarray(readers[:, 5 + len(COUNTED) :]).view(np.uint8).reshape(-1, DIGEST_BYTES)
+        return Batch(rows[0], rows[1], predicted, cursor, digests, counts)
 
-    def _check(self, readers: Tensor) -> None:
-        if not bool(readers[:, 0].all()):
-            raise DataError(
-                "the corpus gave fewer rows than the run needs: its files hold almost no text after cleaning. "
-                "Check data.sources and data.clean.min_chars."
-            )
-        self._tally += readers[:, 5:].sum(dim=0).numpy()
-        records, bad = (int(n) for n in self._tally)
+    def _judge(self, counts: Counter[str]) -> None:
+        self._counts.update(counts)
+        records, bad = self._counts["records"], self._counts["bad"]
         if bad > self._max_bad_frac * max(records, MIN_RECORDS_JUDGED):
             raise DataError(
                 f"{bad} of {records} records are unreadable, more than data.max_bad_frac={self._max_bad_frac} allows (of at least "

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import ftfy
 
 from llm.config import CleanSection
+from llm.state import CLEANING
 
 # ftfy mends text that was decoded with the wrong encoding ("Ã©" for "é"). Its other fixes are off, because they alter
 # what prose and code mean to say: quotes, entities, ligatures, widths. Controls and line ends are the later steps' own.
@@ -67,8 +68,8 @@ class Cleaner:
             "normalize_whitespace": _normalize_whitespace,
             "lowercase": str.lower,
         }
-        self.min_chars = section.min_chars
-        self.counts = dict.fromkeys(("documents", "chars_in", "chars_out", "lone_surrogates", *steps, "dropped_short"), 0)
+        self.min_chars = max(1, section.min_chars)  # an empty document is no document
+        self.counts: dict[str, int] = dict.fromkeys(CLEANING, 0)
         self._steps = [(name, step) for name, step in steps.items() if getattr(section, name)]
 
     def clean(self, text: str) -> str | None:

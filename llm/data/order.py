@@ -1,55 +1,36 @@
-"""The order of the stream, as pure functions of the configuration and the corpus: which slices make up window *i* of epoch *e*.
+"""The order of the stream, as pure functions of the configuration and the corpus: which slices make up window *n*.
 
 Nothing is read here and nothing is remembered. A **slice** is what one read covers; a **window** is a seeded handful of slices whose
-documents are tokenized, packed and shuffled together; the **cursor** names the next sequence. Three workers or thirty, restarted or
-not, ask the same question and get the same answer.
+rows are shuffled together; the **cursor** names the next sequence. Three workers or thirty, restarted or not, ask the same question and
+get the same answer, for 10^9 slices as fast as for ten.
 
-Example. Two sources of 6 and 2 slices, weights 0.5 and 0.5, 8 slots an epoch, `window_slices=4`: each epoch has 2 windows and takes 4
-slots from each source. The first source goes through its 6 slices in 1.5 epochs, the second through its 2 slices twice an epoch; each
-pass of each source has an order of its own.
+Windows come in **blocks**: within a block every source gives an exact number of slices. Without weights a block is an epoch, in which each
+slice occurs once. With weights it is a few hundred slots, so that the mixture holds locally too, and an epoch is as many blocks as hold
+about as many slots as the corpus has slices. A source's slices follow one another in passes, each in an order of its own, however its
+passes lie to the epochs.
+
+Example. Two sources of 6 and 2 slices, blocks of 4 slots from each, `window_slices=4`: each block has 2 windows. The first source goes
+through its 6 slices in 1.5 blocks, the second through its 2 slices twice a block.
+
+A **stage** changes the mixture at a step. Which window that step falls into is known only once the rows before it are counted, so the
+cursor carries along in which block each later stage began: from the first block that is not yet begun at that step.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from typing import Literal
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
-Format = Literal["text", "jsonl", "parquet"]
-Compression = Literal["gzip", "zstd"]
+from llm.data.slices import Slice, SourceSlices
 
-MIN_SLICE_BYTES = 4096
-SLICES_PER_CORPUS = 64  # small corpora are cut finer than data.slice_bytes, so that windows still mix and some can be held out
-MIN_SLICES_PER_SOURCE = 8  # a source with fewer (one compressed file, say) is cut into stripes of records
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    source: str
-    uri: str  # as a person would open it: /data/a.jsonl or s3://bucket/a.jsonl
-    path: str  # the same inside its filesystem
-    size_bytes: int
-    version: str  # ETag where the store has one, else the modification time in ns
-    format: Format
-    compression: Compression | None = None
-    row_group_bytes: tuple[int, ...] = ()  # parquet: size of each row group, in order
-
-
-@dataclass(frozen=True)
-class Slice:
-    """What one read covers. One of: several whole small files; bytes [start, stop) of one plain text or JSONL file, where a line belongs
-    to the slice in which it begins; row groups [start, stop) of one Parquet file; one whole compressed file.
-
-    With `num_stripes` > 1 it is only those of its records whose number within it (0, 1, ...) is `stripe` modulo `num_stripes`.
-    """
-
-    source: str
-    files: tuple[SourceFile, ...]
-    start: int
-    stop: int
-    size_bytes: int  # what it is estimated to hold, before decompression
-    stripe: int = 0
-    num_stripes: int = 1
+# A block of a weighted mixture has so many slots that the smallest share is met to an eighth, within these limits.
+MIN_BLOCK_SLOTS, MAX_BLOCK_SLOTS = 256, 1 << 16
+MIN_SLOTS_PER_SOURCE = 4
+HELD_OUT_SLICES = 4
 
 
 @dataclass(frozen=True, order=True)
@@ -57,102 +38,175 @@ class Cursor:
     """The next sequence of the global order: all of the data state there is."""
 
     epoch: int = 0
-    window: int = 0
+    window: int = 0  # of the epoch
     offset: int = 0  # sequences of that window already taken
+    began: tuple[int, ...] = ()  # the block in which each stage after the first began
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What every source gives to each block, from a step on."""
+
+    from_step: int
+    slots: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When stages begin, by step, and what a cursor must know to begin one. Small: every worker has it."""
+
+    from_steps: tuple[int, ...] = (0,)
+    windows_per_block: int = 1
+    windows_per_epoch: int = 1
+
+    def at_step(self, cursor: Cursor, step: int) -> Cursor:
+        """The cursor with which `step` (the updates done before it) begins: a stage that begins with it does so in the first block that
+        no row was taken from."""
+        missing = bisect_right(self.from_steps, step) - 1 - len(cursor.began)
+        if missing <= 0:
+            return cursor
+        windows = cursor.epoch * self.windows_per_epoch + cursor.window + (cursor.offset > 0)
+        return replace(cursor, began=(*cursor.began, *[-(-windows // self.windows_per_block)] * missing))
 
 
 @dataclass(frozen=True)
 class CorpusPlan:
-    """The slices of every source with its share of an epoch. Equal plans and seeds give equal streams."""
+    """The slices of every source and how they are mixed. Equal plans give equal streams."""
 
-    names: tuple[str, ...]
-    slices: tuple[tuple[Slice, ...], ...]  # by source, in file order
-    slots: tuple[int, ...]  # slices that each source contributes to one epoch
+    sources: tuple[SourceSlices, ...]
+    held_out: tuple[int, ...]  # slices of each source that evaluation has and training never sees
+    stages: tuple[Stage, ...]  # the first from step 0; all have the same number of slots in a block
+    blocks_per_epoch: int
     window_slices: int
     seed: int
 
     @property
-    def slots_per_epoch(self) -> int:
-        return sum(self.slots)
+    def slots_per_block(self) -> int:
+        return sum(self.stages[0].slots)
+
+    @property
+    def windows_per_block(self) -> int:
+        return max(1, round(self.slots_per_block / self.window_slices))
 
     @property
     def windows_per_epoch(self) -> int:
-        return -(-self.slots_per_epoch // self.window_slices)
+        return self.windows_per_block * self.blocks_per_epoch
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(tuple(stage.from_step for stage in self.stages), self.windows_per_block, self.windows_per_epoch)
 
     @property
     def bytes_per_window(self) -> float:
-        """Mean size of a window, by each source's mean slice."""
-        means = [sum(s.size_bytes for s in slices) / len(slices) for slices in self.slices]
-        epoch_bytes = sum(n * mean for n, mean in zip(self.slots, means, strict=True))
-        return epoch_bytes / self.windows_per_epoch
+        """Mean text of a window, by each source's mean slice and its least share in any stage."""
+        means = [source.text_bytes / max(1, len(source)) for source in self.sources]
+        blocks = [sum(n * mean for n, mean in zip(stage.slots, means, strict=True)) for stage in self.stages]
+        return min(blocks) / self.windows_per_block
 
-    def window(self, epoch: int, index: int) -> tuple[Slice, ...]:
-        """The slices of window `index` of `epoch`, in reading order. O(window_slices), whatever the number of slices.
+    def window(self, epoch: int, window: int, began: Sequence[int] = ()) -> tuple[Slice, ...]:
+        """The slices of a window, in reading order. O(window_slices) whatever the number of slices.
 
-        A keyed permutation deals the epoch's slots to the sources, so that each source has exactly its `slots` in every epoch; the
-        j-th slot of a source in epoch e stands for the (e * slots + j)-th slice it ever gives, and pass p over a source's n slices
-        goes through them in a permutation of its own.
+        A keyed permutation deals a block's slots to the sources. The n-th slice that a source ever gives is that of pass n // (its
+        training slices), which goes through them in a permutation of its own.
         """
-        total = self.slots_per_epoch
-        first = index * self.window_slices
-        assert 0 <= first < total, f"window {index} is outside the epoch's {self.windows_per_epoch}"
+        block, index = divmod(epoch * self.windows_per_epoch + window, self.windows_per_block)
+        slots = self.slots_per_block
+        first, stop = (slots * i // self.windows_per_block for i in (index, index + 1))
+        stage = self.stages[bisect_right(began, block)]
         chosen = []
-        for slot in range(first, min(first + self.window_slices, total)):
-            dealt = permuted(slot, total, (self.seed, "slots", epoch))
+        for slot in range(first, stop):
+            nth = permuted(slot, slots, (self.seed, "slots", block))
             source = 0
-            while dealt >= self.slots[source]:
-                dealt -= self.slots[source]
+            while nth >= stage.slots[source]:
+                nth -= stage.slots[source]
                 source += 1
-            slices = self.slices[source]
-            number, within = divmod(epoch * self.slots[source] + dealt, len(slices))
-            chosen.append(slices[permuted(within, len(slices), (self.seed, self.names[source], number))])
+            chosen.append(self._slice(source, self._given_before(block, source, began) + nth))
         return tuple(chosen)
+
+    def held_out_slices(self, source: int) -> list[Slice]:
+        slices = self.sources[source]
+        return [slices[i] for i in sorted(self._shuffled(source, n) for n in range(self.held_out[source]))]
 
     def nth_window(self, start: Cursor, n: int) -> tuple[int, int]:
         """(epoch, window) of the n-th window, n = 0, 1, ..., counted from the cursor's own."""
         epochs, window = divmod(start.window + n, self.windows_per_epoch)
         return start.epoch + epochs, window
 
+    def _given_before(self, block: int, source: int, began: Sequence[int]) -> int:
+        """Slots that a source has had in all blocks before `block`."""
+        edges = [0, *(edge for edge in began if edge < block), block]
+        return sum((stop - start) * self.stages[k].slots[source] for k, (start, stop) in enumerate(pairwise(edges)))
 
-def plan_corpus(slices: dict[str, list[Slice]], weights: dict[str, float | None], *, window_slices: int, seed: int) -> CorpusPlan:
-    """The plan of a corpus from the slices of each source. Without weights every source gives each of its slices once an epoch. With them
-    a source's slots times its mean slice are in proportion to its weight (largest remainders), at least one slot a source, and an epoch
-    has as many slots as the corpus has slices.
+    def _slice(self, source: int, nth: int) -> Slice:
+        slices, held = self.sources[source], self.held_out[source]
+        number, within = divmod(nth, len(slices) - held)
+        within = permuted(within, len(slices) - held, (self.seed, slices.name, number))
+        return slices[self._shuffled(source, held + within)]
 
-    A weight of 0.7 is 70% of the bytes as they are stored, near enough of the tokens where all sources are stored alike; compressed text
-    holds about three times as much.
+    def _shuffled(self, source: int, n: int) -> int:
+        """The first `held_out` slices of this permutation are held out, the others are for training."""
+        slices = self.sources[source]
+        return permuted(n, len(slices), (self.seed, "hold out", slices.name))
+
+
+def plan_corpus(
+    sources: Sequence[SourceSlices],
+    weights: Mapping[str, float | None],
+    *,
+    held_out: Mapping[str, int],
+    window_slices: int,
+    seed: int,
+    schedule: Iterable[tuple[int, Mapping[str, float]]] = (),
+) -> CorpusPlan:
+    """The plan of a corpus. Without weights every source gives each of its slices once an epoch. With them a source's slots times its mean
+    slice are in proportion to its weight, by largest remainders, with at least one slot for a weight above 0.
+
+    `schedule`: (step, weights by source) of every later stage; a source that is not named has 0. A weight of 0.7 is 70% of the text's
+    bytes, near enough of the tokens, where compressed text counts COMPRESSION_RATIO times its size.
     """
-    names = tuple(slices)
-    counts = [len(slices[name]) for name in names]
-    given = [weights[name] for name in names]
+    counts = [len(source) - held_out[source.name] for source in sources]
+    given = [weights[source.name] for source in sources]
     if any(weight is None for weight in given):
-        slots = counts
+        stages, blocks = [Stage(0, tuple(counts))], 1
     else:
-        means = [sum(s.size_bytes for s in slices[name]) / len(slices[name]) for name in names]
-        rates = [float(weight or 0) / mean for weight, mean in zip(given, means, strict=True)]
-        share = [rate / sum(rates) * sum(counts) for rate in rates]
-        slots = [max(1, int(x)) for x in share]
-        by_remainder = sorted(range(len(names)), key=lambda i: (int(share[i]) - share[i], i))
-        for i in by_remainder[: max(0, sum(counts) - sum(slots))]:
-            slots[i] += 1
-    return CorpusPlan(names, tuple(tuple(slices[n]) for n in names), tuple(slots), window_slices, seed)
+        means = [source.text_bytes / len(source) for source in sources]
+        shares = [(step, _shares([by_name.get(s.name) for s in sources], means)) for step, by_name in [(0, weights), *schedule]]
+        smallest = min(share for _, row in shares for share in row if share)
+        slots = min(MAX_BLOCK_SLOTS, max(MIN_BLOCK_SLOTS, math.ceil(MIN_SLOTS_PER_SOURCE / smallest)))
+        stages = [Stage(step, tuple(_apportioned(row, slots))) for step, row in shares]
+        blocks = max(1, round(sum(counts) / slots))
+    held = tuple(held_out[source.name] for source in sources)
+    return CorpusPlan(tuple(sources), held, tuple(stages), blocks, window_slices, seed)
 
 
-def hold_out(slices: list[Slice], needed_bytes: int, seed: int, source: str) -> tuple[list[Slice], list[Slice]]:
-    """(training slices, held-out slices) of one source: the first slices of a keyed permutation that hold `needed_bytes`, at most half.
+def _shares(weights: Sequence[float | None], means: Sequence[float]) -> list[float]:
+    rates = [float(weight or 0) / max(mean, 1.0) for weight, mean in zip(weights, means, strict=True)]
+    return [rate / sum(rates) for rate in rates]
+
+
+def _apportioned(shares: Sequence[float], slots: int) -> list[int]:
+    """`slots` shared out by largest remainders, at least one for each share above 0."""
+    counts = [max(int(share * slots), 1 if share else 0) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: (counts[i] - shares[i] * slots, i))
+    missing = slots - sum(counts)
+    for i in by_remainder[: max(0, missing)]:
+        counts[i] += 1
+    if missing < 0:  # several shares were too small for a slot: the largest gives them theirs
+        counts[counts.index(max(counts))] += missing
+    return counts
+
+
+def hold_out(slices: SourceSlices, needed_bytes: int) -> int:
+    """How many slices of a source are held out for evaluation: those that hold `needed_bytes`, about, a few at least, so that they speak
+    for the source, and at most half.
 
     Whole slices are held out, so evaluation reads only them and training never sees them.
     """
-    held: set[int] = set()
-    held_bytes = 0
-    for i in range(len(slices) // 2):
-        if held_bytes >= needed_bytes:
-            break
-        chosen = permuted(i, len(slices), (seed, "hold out", source))
-        held.add(chosen)
-        held_bytes += slices[chosen].size_bytes
-    training = [s for i, s in enumerate(slices) if i not in held]
-    return training, [slices[i] for i in sorted(held)]
+    if not needed_bytes:
+        return 0
+    mean = slices.text_bytes / max(1, len(slices))
+    few = min(HELD_OUT_SLICES, len(slices) // (2 * HELD_OUT_SLICES))
+    return min(len(slices) // 2, max(few, math.ceil(needed_bytes / max(1.0, mean))))
 
 
 def permuted(index: int, size: int, key: tuple[int | str, ...]) -> int:
@@ -164,15 +218,12 @@ def permuted(index: int, size: int, key: tuple[int | str, ...]) -> int:
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half_bits) - 1
     prefix = repr(key).encode()
+    short = prefix if len(prefix) <= 64 else hashlib.blake2b(prefix, digest_size=64).digest()
     while True:
         left, right = index >> half_bits, index & mask
         for round_number in range(4):
-            digest = hashlib.blake2b(b"%d %d" % (round_number, right), key=_short_key(prefix), digest_size=8).digest()
+            digest = hashlib.blake2b(b"%d %d" % (round_number, right), key=short, digest_size=8).digest()
             left, right = right, left ^ (int.from_bytes(digest, "little") & mask)
         index = left << half_bits | right
         if index < size:
             return index
-
-
-def _short_key(prefix: bytes) -> bytes:
-    return prefix if len(prefix) <= 64 else hashlib.blake2b(prefix, digest_size=64).digest()

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import zstandard
 
 from llm.config import S3Section
-from llm.data.order import Compression, Slice, SourceFile
+from llm.data.slices import Compression, Slice, SourceFile
 from llm.errors import DataError
 from llm.storage import open_storage, storage_errors
 
@@ -87,12 +87,14 @@ def _read_file(file: SourceFile, piece: Slice, text_field: str, s3: S3Section) -
                 f"{file.uri}: changed during the run: {file.size_bytes} bytes when listed, {size} now.\n"
                 "  Put the old file back, or start a run of another name on the new one."
             )
+        alone = len(piece.files) == 1
         if file.format == "parquet":
-            yield from _parquet_rows(file, stream, piece, text_field)
+            groups = range(piece.start, piece.stop) if alone else range(len(file.row_group_bytes))
+            yield from _parquet_rows(file, stream, groups, text_field)
         elif file.compression is not None:
             yield from _compressed_records(file, stream)
         else:
-            start, stop = (piece.start, piece.stop) if len(piece.files) == 1 else (0, size)
+            start, stop = (piece.start, piece.stop) if alone else (0, size)
             lines = _lines_between(stream, start, stop)
             yield from _one_text(file, lines) if file.format == "text" else _json_lines(file, lines)
 
@@ -259,12 +261,11 @@ def _split_lines(chunks: Iterable[bytes], offset: int, stop: int | None = None) 
         yield offset, b"".join(held) if held_bytes <= MAX_LINE_BYTES else None
 
 
-def _parquet_rows(file: SourceFile, stream: pa.NativeFile, piece: Slice, text_field: str) -> Iterator[_Raw]:
+def _parquet_rows(file: SourceFile, stream: pa.NativeFile, groups: range, text_field: str) -> Iterator[_Raw]:
     row = 0
     try:
         table = pq.ParquetFile(stream, pre_buffer=True)
-        row = sum(table.metadata.row_group(i).num_rows for i in range(piece.start))
-        groups = range(piece.start, piece.stop)
+        row = sum(table.metadata.row_group(i).num_rows for i in range(groups.start))
         for batch in table.iter_batches(_PARQUET_BATCH_ROWS, list(groups), [text_field], use_threads=False):
             for scalar in batch.column(0):
                 yield _Raw(file.uri, row, scalar)

@@ -1,21 +1,19 @@
-"""Which files a source names, and how they are cut into slices. What a slice holds is read by `llm/data/records.py`.
+"""Which files a source names. Listing goes through `llm.file_listing` and reads the footers of Parquet files.
 
-Listing does I/O through `llm.file_listing` and reads the footers of Parquet files; `plan_slices` is pure.
+How files are cut into slices is in `llm/data/slices.py`; what a slice holds is read by `llm/data/records.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import pairwise
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llm.config import S3Section, SourceSection
-from llm.data.order import MIN_SLICES_PER_SOURCE, Compression, Format, Slice, SourceFile
 from llm.data.records import is_io_error
+from llm.data.slices import Compression, Format, SourceFile
 from llm.errors import DataError
 from llm.file_listing import find_files, nearest_uri
 from llm.storage import open_storage, storage_errors
@@ -105,55 +103,3 @@ def _is_text(kind: pa.DataType) -> bool:
     return any(is_kind(kind) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)) or (
         pa.types.is_binary(kind) or pa.types.is_large_binary(kind)  # older writers did not mark strings as text
     )
-
-
-def plan_slices(files: Sequence[SourceFile], slice_bytes: int) -> list[Slice]:
-    """The slices of one source, in file order; pure.
-
-    - Plain text and JSONL: a file over `slice_bytes` is cut into equal byte ranges of at most that; consecutive smaller
-      ones, of either format, are read together as long as they stay within it.
-    - Parquet: consecutive row groups of one file as long as they stay within it, at least one.
-    - Compressed: the whole file, whatever its size.
-
-    With fewer than MIN_SLICES_PER_SOURCE slices, each becomes ceil(MIN / n) stripes, so that there is something to mix.
-    Example: files of 10, 3, 4 and 9 MiB, slice_bytes = 8 MiB -> 0..5 and 5..10 of the first, the two small ones
-    together, 0..4.5 and 4.5..9 of the last: 5 slices, hence 2 stripes of each, 10 in all.
-    """
-    slices: list[Slice] = []
-    group: list[SourceFile] = []
-
-    def close_group() -> None:
-        if group:
-            size = sum(file.size_bytes for file in group)
-            slices.append(Slice(group[0].source, tuple(group), 0, size, size))
-            group.clear()
-
-    for file in files:
-        plain = file.format != "parquet" and file.compression is None
-        if not plain or sum(each.size_bytes for each in group) + file.size_bytes > slice_bytes:
-            close_group()
-        if file.format == "parquet":
-            slices += [Slice(file.source, (file,), *piece) for piece in _group_rows(file.row_group_bytes, slice_bytes)]
-        elif plain and file.size_bytes <= slice_bytes:
-            group.append(file)
-        else:
-            count = -(-file.size_bytes // slice_bytes) if plain else 1
-            cuts = [file.size_bytes * i // count for i in range(count + 1)]
-            slices += [Slice(file.source, (file,), a, b, b - a) for a, b in pairwise(cuts)]
-    close_group()
-    if len(slices) >= MIN_SLICES_PER_SOURCE or not slices:
-        return slices
-    k = -(-MIN_SLICES_PER_SOURCE // len(slices))
-    return [replace(s, size_bytes=s.size_bytes // k, stripe=i, num_stripes=k) for s in slices for i in range(k)]
-
-
-def _group_rows(row_group_bytes: Sequence[int], slice_bytes: int) -> Iterator[tuple[int, int, int]]:
-    """(first row group, the one after the last, bytes) of each slice."""
-    start, size = 0, 0
-    for i, each in enumerate(row_group_bytes):
-        if i > start and size + each > slice_bytes:
-            yield start, i, size
-            start, size = i, 0
-        size += each
-    if start < len(row_group_bytes):
-        yield start, len(row_group_bytes), size

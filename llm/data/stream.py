@@ -6,6 +6,9 @@ group is put in rank-major order and cut into one block for each data rank: its 
 cursor on, whatever the data size.
 
 Example: batch_rows=4, data_size=2, groups of 2 batches: rows 0 1 2 3 | 4 5 6 7 become the blocks 0 1 4 5 and 2 3 6 7.
+
+Where a pass over the dataset begins is not part of it: its tasks read that in the run's `StartFile`, so the readers can begin anew wherever
+they are, when a stage of the mixture begins or a pass is at its end.
 """
 
 from __future__ import annotations
@@ -26,18 +29,21 @@ from ray.data._internal.execution.backpressure_policy import (
 )
 
 from llm.config import S3Section
+from llm.data.cache import TokenCache
 from llm.data.order import Cursor
 from llm.data.run_ahead import RUN_AHEAD, RunAhead
-from llm.data.window import Recipe, WindowCounts, make_window
+from llm.data.start_file import StartFile
+from llm.data.window import Packed, Recipe, make_window
 from llm.errors import DataError
+from llm.state import COUNTED
 from llm.storage import join, write_bytes
 
-# A task goes through several windows only when there are more windows than this: planning a task costs the driver about 0.1 ms.
-MAX_TASKS = 2000
+# Planning a task costs the driver about 0.1 ms. A run that needs more windows begins another pass after these.
+MAX_WINDOWS = 2000
 
 # Bytes of raw text that make a token, at most: a pessimistic bound (English is about 4, numbers 2, some scripts 8) that says
 # how many windows to plan for. Windows that turn out not to be needed are never read.
-BYTES_PER_TOKEN = 16
+MOST_BYTES_PER_TOKEN = 16
 
 # A block costs Ray 5 to 10 ms, in the task that makes it and in the one process that deals all blocks: with one a step and data rank, that
 # would be what limits small models. Large rows are not worth holding back for it.
@@ -58,21 +64,29 @@ class Quarantine:
     folder: str
     s3: S3Section
 
-    def write(self, epoch: int, window: int, counts: WindowCounts) -> None:
-        if not counts.bad:
+    def write(self, epoch: int, window: int, packed: Packed) -> None:
+        if not packed.bad:
             return
-        lines = [json.dumps({"uri": b.uri, "position": b.position, "reason": b.reason}) + "\n" for b in counts.bad]
+        lines = [json.dumps({"uri": b.uri, "position": b.position, "reason": b.reason}) + "\n" for b in packed.bad]
         write_bytes(join(self.folder, f"epoch-{epoch}-window-{window}.jsonl"), "".join(lines).encode(), self.s3)
 
 
 def sequences(
-    recipe: Recipe, cursor: Cursor, *, num_batches: int, batch_rows: int, data_size: int, windows_ahead: int, quarantine: Quarantine
+    recipe: Recipe,
+    start: StartFile,
+    *,
+    num_batches: int,
+    batch_rows: int,
+    data_size: int,
+    windows_ahead: int,
+    quarantine: Quarantine,
+    cache: TokenCache | None = None,
 ) -> ray.data.Dataset:
-    """At least `num_batches` batches of the global order from the cursor on (if the corpus holds any text), in blocks of a multiple of
-    batch_rows / data_size rows.
+    """Batches of the global order from where `start` says on, about `num_batches` and at most those of MAX_WINDOWS windows, in blocks of a
+    multiple of batch_rows / data_size rows.
 
-    Columns: `ids`, `segments` int32 (seq_len + 1); `position` int64 (epoch, window, offset) of the row; `records`, `bad` int32: what
-    the row's window read, on its first row only (0 elsewhere), so that sums over rows count each record once.
+    Columns: `ids`, `segments` (seq_len + 1), integers as wide as needed; `position` int64 (epoch, window, offset) of the row; `counts`
+    int64, COUNTED of the row's window, on its first row only (0 elsewhere), so that sums over rows count each record once.
     """
     for name in UNSAFE_RAY_DATA_SETTINGS:
         if os.environ.get(name):
@@ -85,19 +99,19 @@ def sequences(
     group = batches_per_group(recipe.seq_len, batch_rows, num_batches)
     group_rows = group * batch_rows
     num_rows = -(-num_batches // group) * group_rows
-    row_bytes = (recipe.seq_len + 1) * BYTES_PER_TOKEN
-    num_windows = 2 + int(num_rows * row_bytes / max(1.0, recipe.plan.bytes_per_window))
+    row_bytes = (recipe.seq_len + 1) * MOST_BYTES_PER_TOKEN
+    num_windows = min(MAX_WINDOWS, 2 + int(num_rows * row_bytes / max(1.0, recipe.plan.bytes_per_window)))
     context.set_config(RUN_AHEAD, (windows_ahead, 2 * group_rows))
     context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, RunAhead])
     shared = ray.put(recipe)
 
     def tokenize(batch: Any) -> Iterator[Any]:
-        held = ray.get(shared)
+        held, cursor = ray.get(shared), start.read()
         for number in batch["id"].tolist():
-            yield from _window_block(held, cursor, number, quarantine)
+            yield from _window_block(held, cursor, number, quarantine, cache)
 
     # Not ray.data.range: its numbers would be made by tasks, which take turns with tokenizing.
-    numbers = ray.data.from_items([{"id": n} for n in range(num_windows)], override_num_blocks=min(num_windows, MAX_TASKS))
+    numbers = ray.data.from_items([{"id": n} for n in range(num_windows)], override_num_blocks=num_windows)
     windows = numbers.map_batches(tokenize, batch_size=1, concurrency=windows_ahead, num_cpus=1)
     groups = windows.repartition(target_num_rows_per_block=group_rows, strict=True)
     if data_size == 1:
@@ -112,8 +126,8 @@ def batches_per_group(seq_len: int, batch_rows: int, num_batches: int) -> int:
 
 
 def rank_major(group_rows: int, batches: int, data_size: int, rows: Any) -> dict[str, np.ndarray]:
-    """A group's rows, those of data rank 0 first, in each rank's in order. What is left at the end of the stream, less than a group, is
-    dropped: it would be dealt to the wrong ranks."""
+    """A group's rows, those of data rank 0 first, in each rank's in order. What is left at the end of a pass, less than a group, is
+    dropped: it would be dealt to the wrong ranks. The next pass begins with it."""
     if len(rows["ids"]) < group_rows:
         return {name: column[:0] for name, column in rows.items()}
     return {
@@ -122,22 +136,30 @@ def rank_major(group_rows: int, batches: int, data_size: int, rows: Any) -> dict
     }
 
 
-def _window_block(recipe: Recipe, cursor: Cursor, number: int, quarantine: Quarantine) -> Iterator[dict[str, Any]]:
+def _window_block(
+    recipe: Recipe, cursor: Cursor, number: int, quarantine: Quarantine, cache: TokenCache | None
+) -> Iterator[dict[str, Any]]:
     """The window's rows as one block, without those before the cursor."""
     epoch, window = recipe.plan.nth_window(cursor, number)
-    rows, counts = make_window(recipe, epoch, window)
-    quarantine.write(epoch, window, counts)
-    skip = cursor.offset if number == 0 else 0
-    left = len(rows) - skip
+    packed = make_window(recipe, epoch, window, cursor.began, cache.slice if cache else None)
+    quarantine.write(epoch, window, packed)
+    num_rows, skip = len(packed.rows), cursor.offset if number == 0 else 0
+    left = num_rows - skip
     if left <= 0:
         return
-    offsets = np.arange(skip, len(rows), dtype=np.int64)
-    first = np.zeros(left, dtype=np.int32)
-    first[0] = 1
+    counts = np.zeros((left, len(COUNTED)), dtype=np.int64)
+    if not skip:
+        counts[0] = [packed.counts[name] for name in COUNTED]
+    place = np.arange(skip, num_rows, dtype=np.int64)
+    width = recipe.seq_len + 1
     yield {
-        "ids": rows.ids[skip:],
-        "segments": rows.segments[skip:],
-        "position": np.stack([np.full(left, epoch), np.full(left, window), offsets], axis=1),
-        "records": first * counts.records,
-        "bad": first * len(counts.bad),
+        "ids": packed.rows.ids[skip:].astype(narrowest(recipe.tokenizer.vocab_size), copy=False),
+        "segments": packed.rows.segments()[skip:].astype(narrowest(width + 1), copy=False),
+        "position": np.stack([np.full(left, epoch), np.full(left, window), place], axis=1),
+        "counts": counts,
     }
+
+
+def narrowest(size: int) -> type[np.uint16] | type[np.int32]:
+    """The type for numbers below `size`."""
+    return np.uint16 if size <= 1 << 16 else np.int32

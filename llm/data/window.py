@@ -1,20 +1,30 @@
-"""One window, from files to rows: read -> clean -> tokenize -> pack -> shuffle. A pure function of the recipe and the window's number.
+"""Slices and windows, from files to rows. A slice: read -> clean -> tokenize -> pack. A window: a few slices' rows, shuffled together.
 
-Whoever asks for window 11 of epoch 0, on whatever node and after whatever restart, gets the same rows in the same order. Ray is not
-needed: evaluation and tests call it directly.
+Both are pure functions of the recipe and their number. Whoever asks for window 11 of epoch 0, on whatever node and after whatever restart,
+gets the same rows in the same order. Ray is not needed: evaluation, provenance and tests call them directly.
+
+Slices, not windows, are packed and cached: what a slice's rows are depends on no seed, weight or epoch, so every epoch, restart and sweep
+trial shares them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
 
 from llm.config import CleanSection, S3Section
 from llm.data.clean import Cleaner
-from llm.data.order import CorpusPlan, Slice
-from llm.data.pack import Rows, pack, shuffled
-from llm.data.records import BadRecord, read_slice
+from llm.data.encode import Encoder, Engine
+from llm.data.order import CorpusPlan
+from llm.data.pack import Rows, joined, no_rows, pack, refilled, shuffle_order
+from llm.data.records import BadRecord, Document, read_slice
+from llm.data.slices import Slice
 from llm.tokenizer import Tokenizer
 
 TOKENIZE_DOCUMENTS = 256  # documents given to the tokenizer at once: enough to amortize the call, little enough to bound memory
@@ -26,58 +36,144 @@ class Recipe:
 
     plan: CorpusPlan
     tokenizer: Tokenizer
+    engine: Engine
     seq_len: int
     clean: CleanSection
     text_fields: dict[str, str]  # by source
     s3: S3Section
 
 
-@dataclass
-class WindowCounts:
-    """Records of one window: `records` = documents packed + dropped by cleaning + `len(bad)`."""
-
-    records: int = 0
-    cleaning: dict[str, int] = field(default_factory=dict)
-    bad: list[BadRecord] = field(default_factory=list)
+class _Place(NamedTuple):
+    uri: str
+    position: int
 
 
-def make_window(recipe: Recipe, epoch: int, index: int) -> tuple[Rows, WindowCounts]:
-    """The rows of a window in their final order, and what became of its records."""
-    counts = WindowCounts()
-    documents = list(token_documents(recipe, recipe.plan.window(epoch, index), counts))
-    rows = pack(documents, recipe.seq_len, recipe.tokenizer.eos_id)
-    return shuffled(rows, (recipe.plan.seed, epoch, index)), counts
+@dataclass(frozen=True)
+class Provenance:
+    """Where documents come from, by number: `uris[of_uri[n]]` and the place in it (as in `Document.position`)."""
+
+    uris: tuple[str, ...] = ()
+    of_uri: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    position: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+    def of(self, document: int) -> tuple[str, int]:
+        return self.uris[self.of_uri[document]], int(self.position[document])
+
+    @staticmethod
+    def of_documents(documents: Sequence[_Place]) -> Provenance:
+        number = {uri: i for i, uri in enumerate(dict.fromkeys(document.uri for document in documents))}
+        return Provenance(
+            tuple(number),
+            np.array([number[document.uri] for document in documents], dtype=np.int32),
+            np.array([document.position for document in documents], dtype=np.int64),
+        )
+
+    @staticmethod
+    def joined(parts: Sequence[Provenance]) -> Provenance:
+        before = np.cumsum([0, *(len(part.uris) for part in parts)])
+        return Provenance(
+            tuple(uri for part in parts for uri in part.uris),
+            np.concatenate([part.of_uri + shift for part, shift in zip(parts, before, strict=False)]).astype(np.int32),
+            np.concatenate([part.position for part in parts]),
+        )
 
 
-def held_out_rows(recipe: Recipe, slices: Iterable[Slice], num_rows: int, counts: WindowCounts) -> Rows:
-    """The first `num_rows` rows (fewer, if there is no more text) packed from held-out slices; `counts` is filled along the way."""
-    documents: list[list[int]] = []
-    needed = num_rows * (recipe.seq_len + 1)
-    for document in token_documents(recipe, slices, counts):
-        documents.append(document)
-        needed -= len(document) + 1
-        if needed <= 0:
-            break
-    rows = pack(documents, recipe.seq_len, recipe.tokenizer.eos_id)
-    return Rows(rows.ids[:num_rows], rows.segments[:num_rows])
+@dataclass(frozen=True)
+class Packed:
+    """Rows, which documents are in them, and what became of the records that were read for them."""
+
+    rows: Rows
+    documents: Provenance
+    counts: Counter[str]  # by COUNTED in llm/state.py
+    bad: tuple[BadRecord, ...]
 
 
-def token_documents(recipe: Recipe, slices: Iterable[Slice], counts: WindowCounts) -> Iterator[list[int]]:
-    """The token ids of each document of the slices, without the end-of-document token; `counts` is filled along the way."""
-    encoder = recipe.tokenizer.build()
-    cleaner = Cleaner(recipe.clean)
-    texts = _texts(recipe, slices, counts, cleaner)
-    while batch := list(islice(texts, TOKENIZE_DOCUMENTS)):
-        for encoding in encoder.encode_batch_fast(batch, add_special_tokens=False):
-            yield encoding.ids
-    counts.cleaning = dict(cleaner.counts)
+def make_window(
+    recipe: Recipe, epoch: int, window: int, began: Sequence[int] = (), slice_rows: Callable[[Recipe, Slice], Packed] | None = None
+) -> Packed:
+    """A window in its final order. `slice_rows` makes a slice's rows: `make_slice`, or the token cache's."""
+    parts = [(slice_rows or make_slice)(recipe, piece) for piece in recipe.plan.window(epoch, window, began)]
+    rows = refilled(joined([part.rows for part in parts], [len(part.documents) for part in parts]), recipe.tokenizer.eos_id)
+    order = shuffle_order(len(rows), (recipe.plan.seed, epoch, window))
+    return Packed(
+        rows.taken(order),
+        Provenance.joined([part.documents for part in parts]),
+        sum((part.counts for part in parts), Counter()),
+        tuple(record for part in parts for record in part.bad),
+    )
 
 
-def _texts(recipe: Recipe, slices: Iterable[Slice], counts: WindowCounts, cleaner: Cleaner) -> Iterator[str]:
-    for piece in slices:
+def make_slice(recipe: Recipe, piece: Slice) -> Packed:
+    """A slice's rows, packed, in no particular order."""
+    texts = _Texts(recipe, piece)
+    rows = _packed(recipe, texts)
+    return Packed(rows, Provenance.of_documents(texts.documents), texts.counts(), tuple(texts.bad))
+
+
+def held_out_rows(recipe: Recipe, piece: Slice, num_rows: int) -> Packed:
+    """`num_rows` rows of the beginning of a held-out slice; fewer, if it holds no more."""
+    texts = _Texts(recipe, piece)
+    rows = _packed(recipe, texts, num_rows * (recipe.seq_len + 1))
+    order = shuffle_order(len(rows), (recipe.plan.seed,))[:num_rows]
+    return Packed(rows.taken(order), Provenance.of_documents(texts.documents), texts.counts(), tuple(texts.bad))
+
+
+def sample_texts(clean: CleanSection, pieces: Iterable[Slice], text_fields: dict[str, str], s3: S3Section, max_chars: int) -> list[str]:
+    """Cleaned texts of the slices, up to `max_chars` in total."""
+    cleaner, found = Cleaner(clean), []
+    for piece in pieces:
+        for record in read_slice(piece, text_fields[piece.source], s3):
+            if isinstance(record, Document) and (text := cleaner.clean(record.text)):
+                found.append(text[:max_chars])
+                max_chars -= len(found[-1])
+            if max_chars <= 0:
+                return found
+    return found
+
+
+def _packed(recipe: Recipe, texts: _Texts, enough_tokens: int | None = None) -> Rows:
+    encoder = _encoder(recipe.tokenizer, recipe.engine)
+    tokens: list[np.ndarray] = []
+    lengths: list[np.ndarray] = []
+    while (enough_tokens is None or sum(map(len, tokens)) < enough_tokens) and (batch := texts.next_batch()):
+        ids, sizes = encoder.encode(batch)
+        tokens.append(ids)
+        lengths.append(sizes)
+    if not tokens:
+        return no_rows(recipe.seq_len)
+    return pack(np.concatenate(tokens), np.concatenate(lengths), recipe.seq_len, recipe.tokenizer.eos_id)
+
+
+class _Texts:
+    """The cleaned texts of a slice, batch by batch; notes where each is from, and what was left out."""
+
+    def __init__(self, recipe: Recipe, piece: Slice) -> None:
+        self.documents: list[_Place] = []
+        self.bad: list[BadRecord] = []
+        self._records = 0
+        self._cleaner = Cleaner(recipe.clean)
+        self._texts = self._read(recipe, piece)
+
+    def next_batch(self) -> list[str]:
+        return list(islice(self._texts, TOKENIZE_DOCUMENTS))
+
+    def counts(self) -> Counter[str]:
+        return Counter({"records": self._records, "bad": len(self.bad), **self._cleaner.counts})
+
+    def _read(self, recipe: Recipe, piece: Slice) -> Iterator[str]:
         for record in read_slice(piece, recipe.text_fields[piece.source], recipe.s3):
-            counts.records += 1
+            self._records += 1
             if isinstance(record, BadRecord):
-                counts.bad.append(record)
-            elif text := cleaner.clean(record.text):
+                self.bad.append(record)
+            elif text := self._cleaner.clean(record.text):
+                self.documents.append(_Place(record.uri, record.position))
                 yield text
+
+
+@lru_cache(maxsize=2)
+def _encoder(tokenizer: Tokenizer, engine: Engine) -> Encoder:
+    """One a process: building it takes 10 ms and more, and it learns as it goes."""
+    return Encoder(tokenizer, engine)

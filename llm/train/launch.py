@@ -21,13 +21,14 @@ from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from llm.data.cache import token_cache
 from llm.data.split import OneSplitPerDataRank
 from llm.data.stream import Quarantine, sequences
 from llm.data.window import Recipe
 from llm.errors import HeadraceError, TrainingError
 from llm.job import Job
 from llm.storage import join
-from llm.train.worker import DATASET, work
+from llm.train.worker import DATASET, start_file, work
 
 
 class _Rendezvous(Backend):
@@ -129,20 +130,17 @@ def fit(
 
 
 def _open_stream(job: Job, recipe: Recipe) -> ray.data.Dataset:
-    """Called when a worker group starts: the stream from where the newest checkpoint left off."""
-    from llm.checkpoint.newest import newest_state
-    from llm.checkpoint.store import CheckpointStore
-
+    """Called when a worker group starts. Where it begins is the workers' to say: they read the newest checkpoint."""
     config = job.config
-    state = newest_state(CheckpointStore(job.run_uri, config.s3))
     return sequences(
         recipe,
-        state.cursor,
-        num_batches=max(1, config.train.steps - state.step),
+        start_file(job),
+        num_batches=config.train.steps,
         batch_rows=config.train.batch_rows,
         data_size=config.parallel.data_size,
         windows_ahead=config.data.windows_ahead,
         quarantine=Quarantine(join(job.run_uri, "quarantine"), config.s3),
+        cache=token_cache(config),
     )
 
 

@@ -7,6 +7,7 @@ very same code as a Ray worker.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -16,7 +17,8 @@ from llm.checkpoint.layout import Layout
 from llm.checkpoint.restore import restore_checkpoint
 from llm.checkpoint.save import save_checkpoint
 from llm.checkpoint.store import CheckpointStore
-from llm.data.batches import Batch, BatchFetcher, Block, DataGroups
+from llm.data.batches import Batch, BatchFetcher, DataGroups, Reader
+from llm.data.ledger import advanced
 from llm.errors import ConfigError
 from llm.export.huggingface import export_and_check, probe_logits
 from llm.job import Job
@@ -30,17 +32,19 @@ from llm.train.schedule import lr_factor
 from llm.train.step import StepResult, evaluate, train_step
 
 
-def train(job: Job, mesh: Mesh, blocks: Iterable[Block] | None, start: TrainState, phases: Mapping[str, float] | None = None) -> TrainState:
+def train(job: Job, mesh: Mesh, reader: Reader | None, start: TrainState, phases: Mapping[str, float] | None = None) -> TrainState:
     """Trains from `start` (a fresh state, or the newest checkpoint's) to `train.steps`; returns the last state. All ranks must call it.
 
-    `blocks` begin at `start.cursor`, `rank_rows` rows each; None on tensor peers. `phases`: what the start-up so far took, in seconds, for
-    the record. torch.distributed must be initialized.
+    `reader` is this data rank's access to the stream, None on tensor peers. `phases`: what the start-up so far took, in seconds, for the
+    record. torch.distributed must be initialized.
     """
     config = job.config
     fetcher = BatchFetcher(
-        blocks,
+        reader,
         mesh,
         DataGroups(mesh),
+        start=start,
+        schedule=job.schedule,
         num_batches=max(0, config.train.steps - start.step),
         rank_rows=config.rank_rows,
         seq_len=config.data.seq_len,
@@ -117,7 +121,13 @@ def steps(job: Job, engine: Engine, batches: Iterable[Batch], state: TrainState)
             isolate=job.config.data.isolate_documents,
             lr_factor=lr_factor(job.config.train, state.step),
         )
-        state = TrainState(state.step + 1, state.tokens + batch.predicted_tokens, batch.cursor)
+        state = TrainState(
+            step=state.step + 1,
+            tokens=state.tokens + batch.predicted_tokens,
+            cursor=batch.cursor,
+            ledger=advanced(state.ledger, batch.digests),
+            counts=Counter(state.counts) + batch.counts,
+        )
         yield state, result, StepTimes(time.perf_counter() - began_s, got_s - began_s)
 
 
@@ -152,6 +162,7 @@ def _train_and_save(
         _save(engine, recorder, store, layout, state, config.checkpoint.keep)
     if config.export.enabled:
         _export(job, engine, recorder, store, state)
+    recorder.event("data", **dict(state.counts))
     recorder.event("end", status="finished", step=state.step)
     return state
 
@@ -166,7 +177,7 @@ def _evaluate(job: Job, engine: Engine, recorder: Recorder, step: int) -> None:
     loss, tokens = evaluate(
         engine,
         torch.from_numpy(job.eval_rows.ids),
-        torch.from_numpy(job.eval_rows.segments),
+        torch.from_numpy(job.eval_rows.segments()),
         microbatch_rows=job.config.microbatch_rows,
         isolate=job.config.data.isolate_documents,
     )

@@ -78,6 +78,7 @@ class Recorder:
                     epoch=after.cursor.epoch,
                     window=after.cursor.window,
                     offset=after.cursor.offset,
+                    ledger=after.ledger,
                 )
                 self._writer.write(row)
             if not math.isfinite(loss):

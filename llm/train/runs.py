@@ -7,6 +7,7 @@ from llm.checkpoint.newest import read_state, require_same_layout
 from llm.checkpoint.store import CheckpointStore
 from llm.config import RunConfig
 from llm.config_file import config_differences, dump_run, parse_run
+from llm.data.identity import Corpus, require_same_stream, write_stream
 from llm.errors import ConfigError, TrainingError
 from llm.metrics import MetricsTail, rows_of
 from llm.storage import exists, is_s3, join, local_path, read_bytes, write_bytes
@@ -41,9 +42,14 @@ def claim_run(config: RunConfig) -> tuple[RunConfig, str | None]:
         number += 1
 
 
-def write_config(config: RunConfig) -> None:
-    """`config.yaml` beside the run's results: every value written out."""
-    write_bytes(join(run_uri(config), CONFIG), dump_run(config).encode(), config.s3)
+def record_run(config: RunConfig, corpus: Corpus, tokenizer: str) -> None:
+    """Writes `config.yaml` beside the run's results, every value written out, and what its stream is made of. Where the run has a
+    checkpoint, raises ConfigError when the corpus or the tokenizer is no longer what it was."""
+    uri = run_uri(config)
+    if CheckpointStore(uri, config.s3).steps():
+        require_same_stream(uri, corpus, tokenizer, config.s3)
+    write_stream(uri, corpus, tokenizer, config.s3)
+    write_bytes(join(uri, CONFIG), dump_run(config).encode(), config.s3)
 
 
 def finished(config: RunConfig) -> bool:

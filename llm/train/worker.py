@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
@@ -17,13 +17,23 @@ from typing import Any
 
 import ray.train
 
+from llm.checkpoint.newest import newest_state
+from llm.checkpoint.store import CheckpointStore
+from llm.data.order import Cursor
+from llm.data.start_file import StartFile
 from llm.errors import TrainingError
 from llm.job import Job
 from llm.observe.quiet import quiet_worker
 from llm.parallel.mesh import Mesh
+from llm.state import TrainState
 from llm.storage import is_s3, join, local_path
 
 DATASET = "train"
+Block = Mapping[str, Any]
+
+
+def start_file(job: Job) -> StartFile:
+    return StartFile(join(job.run_uri, "logs", "stream-start.json"), job.config.s3)
 
 
 def work(config: dict[str, Any]) -> None:
@@ -34,17 +44,19 @@ def work(config: dict[str, Any]) -> None:
     mesh = Mesh(context.get_world_rank(), context.get_world_size(), job.config.parallel.tensor)
     with quiet_worker(_log_file(job, mesh.rank)):
         shard = ray.train.get_dataset_shard(DATASET)  # a barrier: every rank calls it, tensor peers get None
-        blocks = None if shard is None else _started(_blocks(shard, job.config.rank_rows))
-        _train(job, mesh, blocks, context, phases)
+        start = newest_state(CheckpointStore(job.run_uri, job.config.s3))
+        reader = None
+        if shard is not None:
+            reader = ShardReader(shard, job, mesh.data_rank)
+            reader.prefetch(job.schedule.at_step(start.cursor, start.step))
+        _train(job, mesh, reader, start, context, phases)
 
 
-def _train(job: Job, mesh: Mesh, blocks: Iterator[Any] | None, context: Any, phases: dict[str, float]) -> None:
+def _train(job: Job, mesh: Mesh, reader: ShardReader | None, start: TrainState, context: Any, phases: dict[str, float]) -> None:
     began_s = time.perf_counter()
     import torch
     import torch.distributed as dist
 
-    from llm.checkpoint.newest import newest_state
-    from llm.checkpoint.store import CheckpointStore
     from llm.train.loop import train
 
     phases["importing torch, DeepSpeed and transformers"] = time.perf_counter() - began_s
@@ -57,7 +69,7 @@ def _train(job: Job, mesh: Mesh, blocks: Iterator[Any] | None, context: Any, pha
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         _require_tensor_groups_on_nodes(mesh, context.get_node_rank())
-        train(job, mesh, blocks, newest_state(CheckpointStore(job.run_uri, job.config.s3)), phases)
+        train(job, mesh, reader, start, phases)
     finally:
         dist.destroy_process_group()
 
@@ -75,30 +87,45 @@ def _require_tensor_groups_on_nodes(mesh: Mesh, node_rank: int) -> None:
         )
 
 
-def _blocks(shard: Any, rank_rows: int) -> Iterator[Any]:
-    """The shard's blocks: `rank_rows` rows each, as NumPy arrays."""
-    yield from shard.iter_batches(batch_size=rank_rows, batch_format="numpy", prefetch_batches=2, drop_last=False)
+class ShardReader:
+    """This data rank's split of the dataset. Every pass executes the dataset anew, from where the run's `StartFile` says."""
 
+    def __init__(self, shard: Any, job: Job, data_rank: int) -> None:
+        self._shard, self._job, self._data_rank = shard, job, data_rank
+        self._first: tuple[Cursor, Future[Block | None], Iterator[Block]] | None = None
 
-def _started(blocks: Iterator[Any]) -> Iterator[Any]:
-    """The same blocks; the first is fetched in a thread from now on, while the caller imports torch and builds the model."""
-    first: Future[Any] = Future()
+    def prefetch(self, cursor: Cursor) -> None:
+        """Fetches the first block in a thread from now on, while the caller imports torch and builds the model."""
+        blocks, first = self._pass(cursor), Future[Any]()
 
-    def fetch() -> None:
-        try:
-            first.set_result(next(blocks, None))
-        except BaseException as error:
-            first.set_exception(error)
+        def fetch() -> None:
+            try:
+                first.set_result(next(blocks, None))
+            except BaseException as error:
+                first.set_exception(error)
 
-    Thread(target=fetch, name="first-block", daemon=True).start()
+        Thread(target=fetch, name="first-block", daemon=True).start()
+        self._first = cursor, first, blocks
 
-    def all_blocks() -> Iterator[Any]:
+    def begin(self, cursor: Cursor) -> Iterator[Block]:
+        prefetched, self._first = self._first, None
+        if prefetched is None:
+            yield from self._pass(cursor)
+            return
+        at, first, blocks = prefetched
+        assert at == cursor, f"the stream was begun at {at}, and is read at {cursor}"
         block = first.result()
         if block is not None:
             yield block
             yield from blocks
 
-    return all_blocks()
+    def _pass(self, cursor: Cursor) -> Iterator[Block]:
+        # No execution begins before every data rank has asked for one, so all of its tasks find what is written here.
+        if self._data_rank == 0:
+            start_file(self._job).write(cursor)
+        yield from self._shard.iter_batches(
+            batch_size=self._job.config.rank_rows, batch_format="numpy", prefetch_batches=2, drop_last=False
+        )
 
 
 def _log_file(job: Job, rank: int) -> Path:

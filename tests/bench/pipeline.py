@@ -109,7 +109,7 @@ def first_rows(prepared: Prepared, num_rows: int) -> np.ndarray:
     found: list[np.ndarray] = []
     while sum(map(len, found)) < num_rows:
         epoch, window = prepared.recipe.plan.nth_window(Cursor(), len(found))
-        found.append(make_window(prepared.recipe, epoch, window)[0].ids)
+        found.append(make_window(prepared.recipe, epoch, window).rows.ids)
     return np.concatenate(found)[:num_rows]
 
 

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 
 from llm.config import RunConfig
+from llm.data.order import Cursor
+from llm.state import COUNTED
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.distributed.preload"])
@@ -82,14 +84,23 @@ def blocks_of(ids: np.ndarray, segments: np.ndarray, rank_rows: int, data_rank: 
     for first in range(data_rank * rank_rows, len(ids), rank_rows * data_size):
         rows = slice(first, first + rank_rows)
         position = np.stack([np.zeros(rank_rows), np.zeros(rank_rows), np.arange(first, first + rank_rows)], axis=1)
-        nothing = np.zeros(rank_rows, dtype=np.int32)
+        nothing = np.zeros((rank_rows, len(COUNTED)), dtype=np.int64)
         yield {
             "ids": ids[rows],
             "segments": segments[rows],
             "position": position.astype(np.int64),
-            "records": nothing,
-            "bad": nothing,
+            "counts": nothing,
         }
+
+
+@dataclass
+class Given:
+    """A reader of blocks that are there already."""
+
+    blocks: Iterator[dict[str, np.ndarray]]
+
+    def begin(self, cursor: Cursor) -> Iterator[dict[str, np.ndarray]]:
+        return self.blocks
 
 
 def run_ranks(target: Any, world_size: int, *args: Any) -> list[Any]:
@@ -167,12 +178,14 @@ def run_layout(config: RunConfig, model_config: dict[str, Any], seed: int = 0) -
 
 
 def make_job(config: RunConfig, model_config: dict[str, Any], run_uri: str = "/none") -> Any:
-    from llm.data.pack import Rows
+    from llm.data.identity import StreamIdentity
+    from llm.data.order import Schedule
+    from llm.data.pack import no_rows
     from llm.job import Job
     from llm.tokenizer import Tokenizer
 
-    empty = np.zeros((0, config.data.seq_len + 1), dtype=np.int32)
-    return Job(config, run_uri, model_config, Tokenizer("none", VOCAB, 0, "<eos>", {}), Rows(empty, empty), 0.0)
+    tokenizer = Tokenizer("none", VOCAB, 0, "<eos>", {})
+    return Job(config, run_uri, model_config, tokenizer, no_rows(config.data.seq_len), Schedule(), StreamIdentity("", ""), 0.0)
 
 
 def _train_rank(rank: int, world_size: int, config: RunConfig, model_config: dict[str, Any], seed: int) -> Result:
@@ -185,11 +198,13 @@ def _train_rank(rank: int, world_size: int, config: RunConfig, model_config: dic
     job = make_job(config, model_config)
     engine = build_engine(job, mesh)
     ids, segments = unequal_rows(config.train.steps * config.train.batch_rows, config.data.seq_len, seed)
-    blocks = None if mesh.tensor_rank else blocks_of(ids, segments, config.rank_rows, mesh.data_rank, mesh.data_size)
+    reader = None if mesh.tensor_rank else Given(blocks_of(ids, segments, config.rank_rows, mesh.data_rank, mesh.data_size))
     batches = BatchFetcher(
-        blocks,
+        reader,
         mesh,
         DataGroups(mesh),
+        start=TrainState(),
+        schedule=job.schedule,
         num_batches=config.train.steps,
         rank_rows=config.rank_rows,
         seq_len=config.data.seq_len,
@@ -201,4 +216,4 @@ def _train_rank(rank: int, world_size: int, config: RunConfig, model_config: dic
         last = state
         losses.append(float(result.loss))
         norms.append(float(result.grad_norm))
-    return Result(losses, norms, {"tokens": last.tokens, "cursor": last.cursor})
+    return Result(losses, norms, {"tokens": last.tokens, "cursor": last.cursor, "ledger": last.ledger})

@@ -6,29 +6,34 @@ from typing import Any
 
 import numpy as np
 
-from tests.distributed.layouts import blocks_of, run_ranks, unequal_rows
+from llm.data.ledger import row_digests
+from tests.distributed.layouts import Given, blocks_of, run_ranks, unequal_rows
 
 STEPS, BATCH_ROWS, SEQ_LEN = 3, 8, 16
 
 
-def fetch(rank: int, world_size: int, tensor: int) -> list[tuple[np.ndarray, np.ndarray, int, Any]]:
+def fetch(rank: int, world_size: int, tensor: int) -> list[tuple[np.ndarray, np.ndarray, int, Any, bytes]]:
     from llm.data.batches import BatchFetcher, DataGroups
+    from llm.data.order import Schedule
     from llm.parallel.mesh import Mesh
+    from llm.state import TrainState
 
     mesh = Mesh(rank, world_size, tensor)
     rank_rows = BATCH_ROWS // mesh.data_size
     ids, segments = unequal_rows(STEPS * BATCH_ROWS, SEQ_LEN)
     fetcher = BatchFetcher(
-        None if mesh.tensor_rank else blocks_of(ids, segments, rank_rows, mesh.data_rank, mesh.data_size),
+        None if mesh.tensor_rank else Given(blocks_of(ids, segments, rank_rows, mesh.data_rank, mesh.data_size)),
         mesh,
         DataGroups(mesh),
+        start=TrainState(),
+        schedule=Schedule(),
         num_batches=STEPS,
         rank_rows=rank_rows,
         seq_len=SEQ_LEN,
         isolate=False,
         max_bad_frac=0.0,
     )
-    return [(batch.ids.numpy(), batch.segments.numpy(), batch.predicted_tokens, batch.cursor) for batch in fetcher]
+    return [(batch.ids.numpy(), batch.segments.numpy(), batch.predicted_tokens, batch.cursor, batch.digests.tobytes()) for batch in fetcher]
 
 
 def test_tensor_peers_get_identical_tokens_and_every_layout_the_same_batch():
@@ -44,4 +49,5 @@ def test_tensor_peers_get_identical_tokens_and_every_layout_the_same_batch():
                 assert ranks[rank][step][2:] == ranks[0][step][2:]
             np.testing.assert_array_equal(np.concatenate([ranks[r][step][0] for r in range(0, world_size, tensor)]), ids[rows])
             np.testing.assert_array_equal(np.concatenate([ranks[r][step][1] for r in range(0, world_size, tensor)]), segments[rows])
+            assert ranks[0][step][4] == row_digests(ids[rows], segments[rows]).tobytes()
             assert ranks[0][step][2] == (segments[rows][:, 1:] != 0).sum()

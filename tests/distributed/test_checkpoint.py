@@ -10,7 +10,7 @@ import pytest
 from llm.checkpoint.store import CheckpointStore
 from llm.config import S3Section
 from llm.errors import CheckpointError
-from tests.distributed.layouts import blocks_of, llama, make_config, make_job, run_ranks, unequal_rows
+from tests.distributed.layouts import Given, blocks_of, llama, make_config, make_job, run_ranks, unequal_rows
 
 STEPS, CUT = 8, 4
 
@@ -29,13 +29,13 @@ def _train(rank: int, world_size: int, config, run_uri: str, model=None) -> str:
     state = newest_state(CheckpointStore(run_uri, S3Section()))
     ids, segments = unequal_rows(STEPS * config.train.batch_rows, config.data.seq_len)
     first = state.step * config.train.batch_rows
-    blocks = None
+    reader = None
     if mesh.tensor_rank == 0:
-        blocks = blocks_of(ids[first:], segments[first:], config.rank_rows, mesh.data_rank, mesh.data_size)
+        reader = Given(blocks_of(ids[first:], segments[first:], config.rank_rows, mesh.data_rank, mesh.data_size))
     engines = []
     build = loop.build_engine
     loop.build_engine = lambda *args: engines.append(build(*args)) or engines[0]
-    loop.train(job, mesh, blocks, state)
+    loop.train(job, mesh, reader, state)
     digest = hashlib.sha256()
     for fragment in owned_fragments(engines[0]):
         for key, value in sorted(tensors_of(engines[0], fragment).items()):

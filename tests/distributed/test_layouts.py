@@ -45,7 +45,7 @@ def test_losses_equal_one_process(model, layout):
     assert len(result.losses) == 20
     assert result.losses == pytest.approx(reference.losses, abs=TOLERANCE)
     assert result.grad_norms == pytest.approx(reference.grad_norms, rel=1e-3)
-    assert result.extra == reference.extra  # tokens counted, and the cursor after the last batch
+    assert result.extra == reference.extra  # tokens counted, the cursor and the ledger after the last batch
     assert reference.losses[-1] < reference.losses[0] - 0.1  # it learned: equal losses are not equal noise
 
 

@@ -14,7 +14,8 @@ import zstandard
 from llm import storage
 from llm.config import S3Section, SourceSection
 from llm.data.records import BadRecord, Document, read_slice
-from llm.data.sources import list_files, plan_slices
+from llm.data.slices import plan_slices
+from llm.data.sources import list_files
 from llm.errors import DataError, StorageError
 from llm.file_listing import find_files
 from tests.s3_server import S3Server
@@ -52,7 +53,7 @@ def read(uri: str, slice_bytes: int = 5000) -> list[tuple[str, int, str]]:
     """(file name, position, text or what is wrong) of every record of a source, slice by slice."""
     files = list_files(SourceSection(name="docs", uri=uri, weight=None), S3)
     found: list[Document | BadRecord] = []
-    for piece in plan_slices(files, slice_bytes):
+    for piece in plan_slices("docs", files, slice_bytes):
         found += read_slice(piece, "text", S3)
     return [(each.uri.rpartition("/")[2], each.position, each.text if isinstance(each, Document) else each.reason) for each in found]
 
@@ -147,6 +148,6 @@ def test_an_endpoint_that_speaks_no_tls(bucket: str, s3_env: S3Server) -> None:
 @pytest.mark.usefixtures("s3_env")
 def test_an_object_that_vanished_after_listing(bucket: str, s3_env: S3Server) -> None:
     s3_env.client().put_object(Bucket="corpus", Key="brief/a.txt", Body=b"here")
-    piece = plan_slices(list_files(SourceSection(name="docs", uri="s3://corpus/brief", weight=None), S3), 5000)[0]
+    piece = plan_slices("docs", list_files(SourceSection(name="docs", uri="s3://corpus/brief", weight=None), S3), 5000)[0]
     s3_env.client().delete_object(Bucket="corpus", Key="brief/a.txt")
     assert "brief/a.txt: cannot read: no such object" in explained(lambda: list(read_slice(piece, "text", S3)))

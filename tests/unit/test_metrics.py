@@ -37,7 +37,7 @@ def a_step(step: int, loss: float = 2.0, **changed) -> dict:
         "grad_norm": 0.7,
         "step_s": 0.5,
     }
-    values |= {"mfu": None, "elapsed_s": step * 0.5, "epoch": 0, "window": 1, "offset": 32 * step}
+    values |= {"mfu": None, "elapsed_s": step * 0.5, "epoch": 0, "window": 1, "offset": 32 * step, "ledger": "0" * 32}
     return step_row(step=step, loss=loss, **(values | changed))
 
 

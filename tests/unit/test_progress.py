@@ -29,7 +29,7 @@ def a_step(step: int, **changed) -> dict:
         "lr": 1e-3,
         "grad_norm": 1.0,
     }
-    values |= {"step_s": 0.5, "mfu": None, "elapsed_s": step * 0.5, "epoch": 0, "window": 0, "offset": 0}
+    values |= {"step_s": 0.5, "mfu": None, "elapsed_s": step * 0.5, "epoch": 0, "window": 0, "offset": 0, "ledger": "0" * 32}
     return step_row(step=step, **(values | changed))
 
 

@@ -23,7 +23,7 @@ def rows_of_a_run(num_steps: int) -> list[dict]:
         loss = math.nan if step == 5 else 3 + 5 * math.exp(-step / 40)
         rows.append(
             step_row(step=step, loss=loss, tokens=512 * step, tokens_per_s=1000, data_wait_frac=0.01, lr=1e-3,
-                     grad_norm=1.0, step_s=0.5, mfu=None, elapsed_s=3 + step / 2, epoch=0, window=0, offset=step)
+                     grad_norm=1.0, step_s=0.5, mfu=None, elapsed_s=3 + step / 2, epoch=0, window=0, offset=step, ledger="0" * 32)
         )  # fmt: skip
     rows.append(event_row("restart", elapsed_s=9.0, step=num_steps // 2))
     rows.append(eval_row(step=num_steps, eval_loss=3.2, eval_tokens=64))
@@ -83,7 +83,7 @@ def test_a_place_that_cannot_be_written_is_a_storage_error(tmp_path):
 def test_a_step_that_was_done_again_counts_once():
     def a_step(step: int, elapsed_s: float) -> dict:
         return step_row(step=step, loss=elapsed_s, tokens=step, tokens_per_s=1, data_wait_frac=0, lr=1, grad_norm=1,
-                        step_s=1, mfu=None, elapsed_s=elapsed_s, epoch=0, window=0, offset=step)  # fmt: skip
+                        step_s=1, mfu=None, elapsed_s=elapsed_s, epoch=0, window=0, offset=step, ledger="0" * 32)  # fmt: skip
 
     rows = [a_step(step, float(step)) for step in range(1, 8)] + [eval_row(step=s, eval_loss=1.0, eval_tokens=1) for s in (4, 6)]
     rows += [

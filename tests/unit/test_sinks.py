@@ -18,7 +18,7 @@ from llm.observe.tfrecord import crc32c
 def a_step(step: int, loss: float = 2.0) -> dict:
     return step_row(
         step=step, loss=loss, tokens=512 * step, tokens_per_s=1000.0, data_wait_frac=0.02, lr=1e-3, grad_norm=0.7,
-        step_s=0.5, mfu=None, elapsed_s=step * 0.5, epoch=0, window=1, offset=32 * step,
+        step_s=0.5, mfu=None, elapsed_s=step * 0.5, epoch=0, window=1, offset=32 * step, ledger="0" * 32,
     )  # fmt: skip
 
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from llm.config import S3Section, SourceSection
 from llm.data import records as reading
-from llm.data.order import MIN_SLICES_PER_SOURCE, Slice, SourceFile
 from llm.data.records import BadRecord, Document, read_slice
-from llm.data.sources import list_files, plan_slices
+from llm.data.slices import Slice, plan_slices
+from llm.data.sources import list_files
 from llm.errors import DataError, StorageError
 
 S3 = S3Section()
@@ -30,7 +30,7 @@ def source(uri: object, **keys: str) -> SourceSection:
 def records(uri: object, slice_bytes: int = MIB, **keys: str) -> list[Document | BadRecord]:
     """All records of a source in order of file and position, read slice by slice and stripe by stripe."""
     section = source(uri, **keys)
-    pieces = plan_slices(list_files(section, S3), slice_bytes)
+    pieces = plan_slices("docs", list_files(section, S3), slice_bytes)
     found = [record for piece in pieces for record in read_slice(piece, section.text_field, S3)]
     return sorted(found, key=lambda record: (record.uri, record.position))
 
@@ -47,10 +47,6 @@ def bad(found: list[Document | BadRecord]) -> list[str]:
 
 def jsonl(texts: list[str]) -> bytes:
     return b"".join(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n" for text in texts)
-
-
-def plain(size_bytes: int, name: str = "a.txt") -> SourceFile:
-    return SourceFile("docs", f"/{name}", f"/{name}", size_bytes, "1", "text")
 
 
 # Listing
@@ -161,31 +157,6 @@ def test_a_folder_that_may_not_be_listed_is_a_storage_error(tmp_path: Path) -> N
         pytest.skip("this user may read everything")
     with pytest.raises(StorageError, match="Permission denied"):
         list_files(source(tmp_path), S3)
-
-
-# Planning
-
-
-def test_the_example_of_plan_slices() -> None:
-    files = [plain(n * MIB, f"{i}.txt") for i, n in enumerate((10, 3, 4, 9))]
-    plan = plan_slices(files, 8 * MIB)
-    cuts = [(len(s.files), s.start / MIB, s.stop / MIB) for s in plan if s.stripe == 0]
-    assert cuts == [(1, 0, 5), (1, 5, 10), (2, 0, 7), (1, 0, 4.5), (1, 4.5, 9)]
-    assert len(plan) == 10 and all(s.num_stripes == 2 for s in plan)
-    assert plan[0].size_bytes == 5 * MIB // 2
-
-
-def test_enough_slices_are_not_striped() -> None:
-    plan = plan_slices([plain(MIB)], MIB // MIN_SLICES_PER_SOURCE)
-    assert len(plan) == MIN_SLICES_PER_SOURCE and all(s.num_stripes == 1 for s in plan)
-
-
-def test_row_groups_are_grouped_and_compressed_files_stay_whole() -> None:
-    parquet = SourceFile("docs", "/p", "/p", 99, "1", "parquet", row_group_bytes=(10, 20, 100, 5, 5))
-    packed = SourceFile("docs", "/z", "/z", 1000, "1", "jsonl", "zstd")
-    plan = [s for s in plan_slices([parquet, packed], 30) if s.stripe == 0]
-    assert [(s.start, s.stop) for s in plan] == [(0, 2), (2, 3), (3, 5), (0, 1000)]
-    assert plan_slices([], 30) == []
 
 
 # Reading
@@ -333,7 +304,7 @@ def test_a_line_too_long_is_skipped(tmp_path: Path, name: str, monkeypatch: pyte
 def test_a_file_that_changed_since_it_was_listed(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one")
-    piece = plan_slices(list_files(source(path), S3), MIB)[0]
+    piece = plan_slices("docs", list_files(source(path), S3), MIB)[0]
     path.write_text("longer")
     with pytest.raises(DataError, match="3 bytes when listed, 6 now"):
         list(read_slice(piece, "text", S3))
