@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from cluster.errors import ClusterError
 
@@ -32,16 +33,17 @@ def connected(logical_cpus: int) -> Iterator[None]:
 
     Logical CPUs follow the plan, not the cores: 4 workers on a 2-core laptop are 4 logical CPUs, and their threads share the cores.
     """
-    if is_private():
-        _start_local(logical_cpus)
-    else:
-        _connect(os.environ["RAY_ADDRESS"])
-    import ray
+    with ExitStack() as stack:
+        if is_private():
+            # Sockets and Ray's own logs; short, because the path of a socket is at most 107 characters long.
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True))
+            _start_local(logical_cpus, folder)
+        else:
+            _connect(os.environ["RAY_ADDRESS"])
+        import ray
 
-    try:
+        stack.callback(ray.shutdown)
         yield
-    finally:
-        ray.shutdown()
 
 
 def is_private() -> bool:
@@ -84,7 +86,7 @@ def _connect(address: str) -> None:
         raise ClusterError(f"cannot connect to the cluster at {address}: {first}") from None
 
 
-def _start_local(logical_cpus: int) -> None:
+def _start_local(logical_cpus: int, folder: str) -> None:
     for name, value in _LOCAL_SETTINGS.items():
         os.environ.setdefault(name, value)
     if "RAY_AUTH_MODE" not in os.environ:
@@ -97,6 +99,7 @@ def _start_local(logical_cpus: int) -> None:
         num_cpus=logical_cpus,
         object_store_memory=LOCAL_OBJECT_STORE_BYTES,
         include_dashboard=False,
+        _temp_dir=folder,
         log_to_driver=False,
         logging_level=logging.ERROR,
     )

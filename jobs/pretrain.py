@@ -51,9 +51,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def pretrain(config: RunConfig, started_at_s: float) -> None:
     """One run on the cluster of RAY_ADDRESS, or on a private one on this machine."""
-    config, finished = claim_run(config)
-    if finished:
-        print(finished)
+    claim = claim_run(config)
+    config = claim.config
+    if claim.note:
+        print(claim.note)
+    if claim.finished:
         return
     uri = run_uri(config)
     if not is_private() and not is_s3(config.run.storage) and not Path(config.run.storage).is_absolute():

@@ -9,10 +9,10 @@ from typing import get_args
 
 from llm.config import BUILTIN, S3Section, SourceSection
 from llm.data.builtin import prepare_builtin
-from llm.data.records import Document, read_slice
-from llm.data.slices import plan_slices
+from llm.data.records import BadRecord, Document, read_slice
+from llm.data.slices import Slice, plan_slices
 from llm.data.sources import list_files
-from llm.errors import HeadraceError
+from llm.errors import DataError, HeadraceError
 from llm.tokenizer import TokenizerKind, save_tokenizer, train_tokenizer
 
 SLICE_BYTES = 1 << 20
@@ -23,25 +23,34 @@ def main(argv: list[str] | None = None) -> int:
     """Prints one line about what was saved; the exit code is 0, or the error's."""
     options = _parser().parse_args(argv)
     s3 = S3Section()
+    skipped: list[BadRecord] = []
     try:
-        texts = sample_texts(options.input, options.text_field, int(options.max_mb * 1e6), s3)
+        texts = sample_texts(options.input, options.text_field, int(options.max_mb * 1e6), s3, skipped)
         tokenizer = train_tokenizer(texts, options.kind, options.vocab_size)
         save_tokenizer(tokenizer, options.out, s3)
     except HeadraceError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     fewer = "" if tokenizer.vocab_size == options.vocab_size else f" (asked for {options.vocab_size}: the text yields no more)"
+    if skipped:
+        first = skipped[0]
+        print(f"note: {len(skipped)} records were skipped; the first: {first.uri}, at {first.position}: {first.reason}", file=sys.stderr)
     print(f"{options.out}: {options.kind}, {tokenizer.vocab_size} tokens{fewer}, fingerprint {tokenizer.fingerprint[:12]}")
     return 0
 
 
-def sample_texts(uris: list[str], text_field: str, max_bytes: int, s3: S3Section) -> Iterator[str]:
-    """About `max_bytes` of UTF-8 text from all over the inputs, the same every time; unreadable records are skipped."""
+def sample_texts(uris: list[str], text_field: str, max_bytes: int, s3: S3Section, skipped: list[BadRecord]) -> Iterator[str]:
+    """About `max_bytes` of UTF-8 text from all over the inputs, the same every time; `skipped` gets the records that cannot be read.
+
+    Raises DataError where an input holds records, and not one that can be read.
+    """
     slices = []
     for i, uri in enumerate(uris):
         uri = prepare_builtin().uri if uri == BUILTIN else uri
         files = list_files(SourceSection(name=f"input-{i}", uri=uri, weight=None, text_field=text_field), s3)
-        slices += plan_slices(uri, files, SLICE_BYTES)
+        found = plan_slices(uri, files, SLICE_BYTES)
+        _require_text(found[0], uri, text_field, s3)
+        slices += found
     wanted = min(len(slices), max(16, -(-max_bytes // SAMPLE_BYTES_PER_SLICE)))
     given = 0
     for i in range(wanted):
@@ -49,10 +58,25 @@ def sample_texts(uris: list[str], text_field: str, max_bytes: int, s3: S3Section
         for record in read_slice(slices[i * len(slices) // wanted], text_field, s3):
             if given >= allowed:
                 break
-            if isinstance(record, Document):
+            if isinstance(record, BadRecord):
+                skipped.append(record)
+            else:
                 data = record.text.encode("utf-8", "replace")  # JSON may hold half of a surrogate pair
                 given += len(data)
                 yield data.decode()
+
+
+def _require_text(piece: Slice, uri: str, text_field: str, s3: S3Section) -> None:
+    first_bad = None
+    for record in read_slice(piece, text_field, s3):
+        if isinstance(record, Document):
+            return
+        first_bad = first_bad or record
+    if first_bad is not None:
+        raise DataError(
+            f"--input {uri}: none of its first records can be read. The first: {first_bad.uri}, at {first_bad.position}: "
+            f"{first_bad.reason}. Name the field that holds the text with --text-field."
+        )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -116,7 +116,7 @@ METRICS: dict[str, Metric] = {
 
 # What each event carries besides "event" and "elapsed_s". Others may be written; the readers here use these.
 EVENTS: dict[str, str] = {
-    "start": "the trainer's loop is about to begin; total_steps",
+    "start": "the trainer's loop is about to begin; total_steps, precision, device",
     "phase": "a part of the start-up is over; name, phase_s",
     "checkpoint": "a checkpoint is published; step, path",
     "export": "the model is exported; path",

@@ -148,6 +148,8 @@ class ProgressLine:
         event = row.get("event")
         if event == "phase":
             self._print(" ... ".join(phase_line(row)))
+            if self._phase is not None:
+                self.waiting("preparing the first step")
         elif event == "checkpoint" and not self._is_live and self._due_in_s() <= 0:
             self._print(f"checkpoint at step {row.get('step')}")
         elif event == "restart":

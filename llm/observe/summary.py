@@ -31,6 +31,7 @@ class Summary:
     mfu: float | None = None
     restarts: int = 0
     checkpoints: int = 0
+    precision: str | None = None
     error: str | None = None
     prompt: str | None = None
     sample: str | None = None
@@ -64,6 +65,7 @@ def summarize(rows: Sequence[Row], outputs: Mapping[str, str] | None = None) -> 
         mfu=_over_time(steady, "mfu"),
         restarts=len(rows_of(rows, "event", "restart")),
         checkpoints=len({row.get("step") for row in rows_of(rows, "event", "checkpoint")}),
+        precision=start.get("precision"),
         error=end.get("error"),
         prompt=sample.get("prompt"),
         sample=None if "text" not in sample else sample["text"].removeprefix(sample.get("prompt") or ""),
@@ -111,10 +113,12 @@ def summary_lines(summary: Summary) -> list[tuple[str, str]]:
         lines.append(("throughput", f"{summary.tokens_per_s:,.0f} tokens/s"))
     if summary.data_wait_frac is not None:
         lines.append(("waiting for data", f"{summary.data_wait_frac:.2%} of step time"))
+    if summary.precision:
+        lines.append(("precision", summary.precision))
     if summary.mfu is not None:
         lines.append(("MFU", f"{summary.mfu:.1%}"))
     if summary.checkpoints:
-        lines.append(("checkpoints", f"{summary.checkpoints}"))
+        lines.append(("checkpoints", f"{summary.checkpoints} saved"))
     if summary.restarts:
         lines.append(("restarts", f"{summary.restarts}"))
     return lines + list(summary.outputs.items())

@@ -28,7 +28,7 @@ class RunWatcher:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._sinks = open_sinks(log, run_name=name, folder=self.folder, params=settings, warn=progress.note)
         self._tail = MetricsTail(self._read_from)
-        self._rows: list[Row] = []
+        self._rows: list[Row] = self._tail.poll()  # of earlier commands: for the report, not shown again
 
     def poll(self) -> None:
         """Shows what came since the last call."""

@@ -69,7 +69,7 @@ def train(job: Job, mesh: Mesh, reader: Reader | None, start: TrainState, phases
             recorder.event("restart", step=start.step, reason="resumed from the newest checkpoint")
         else:
             recorder.resume_at(0)
-        recorder.event("start", total_steps=config.train.steps)
+        recorder.event("start", total_steps=config.train.steps, precision=precision, device=device_name)
         return _train_and_save(job, engine, recorder, fetcher, store, layout, start)
     finally:
         fetcher.close()
@@ -176,7 +176,7 @@ def _evaluate(job: Job, engine: Engine, recorder: Recorder, step: int) -> None:
         return
     loss, tokens = evaluate(
         engine,
-        torch.from_numpy(job.eval_rows.ids),
+        torch.tensor(job.eval_rows.ids),  # a copy: Ray gives arrays that must not be written
         torch.from_numpy(job.eval_rows.segments()),
         microbatch_rows=job.config.microbatch_rows,
         isolate=job.config.data.isolate_documents,

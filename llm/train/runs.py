@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from llm.checkpoint.layout import Layout
 from llm.checkpoint.newest import read_state, require_same_layout
 from llm.checkpoint.store import CheckpointStore
@@ -22,8 +24,17 @@ def run_uri(config: RunConfig) -> str:
     return join(storage if is_s3(storage) else local_path(storage), config.run.name)
 
 
-def claim_run(config: RunConfig) -> tuple[RunConfig, str | None]:
-    """(the configuration under the name that this command trains, None), or (the same, why there is nothing to do).
+@dataclass(frozen=True)
+class Claim:
+    """The configuration under the name that this command trains, whether that run has ended already, and what the user is told."""
+
+    config: RunConfig
+    finished: bool = False
+    note: str | None = None
+
+
+def claim_run(config: RunConfig) -> Claim:
+    """Which run this command is.
 
     A name without checkpoints starts from the beginning; an unfinished run goes on, if nothing that determines its result has changed
     (else ConfigError names what did); after a finished one `run.if_finished` decides: stop, or NAME-2, NAME-3, ...
@@ -33,12 +44,14 @@ def claim_run(config: RunConfig) -> tuple[RunConfig, str | None]:
         name = config.run.name if number == 1 else f"{config.run.name}-{number}"
         named = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
         if not finished(named):
-            _require_same_run(named)
-            return named, None
+            step = _require_same_run(named)
+            if step:
+                return Claim(named, note=f"going on with {run_uri(named)} from its checkpoint at step {step}")
+            again = f"{config.run.name} is finished (run.if_finished=again): this run is {name}"
+            return Claim(named, note=again if number > 1 else None)
         if config.run.if_finished == "stop":
-            return named, (
-                f"{run_uri(named)} is finished: nothing to do. Choose another run.name, raise train.steps, or set run.if_finished=again."
-            )
+            told = f"{run_uri(named)} is finished: nothing to do. Choose another run.name, raise train.steps, or set run.if_finished=again."
+            return Claim(named, finished=True, note=told)
         number += 1
 
 
@@ -71,12 +84,13 @@ def require_finished(config: RunConfig) -> None:
         )
 
 
-def _require_same_run(config: RunConfig) -> None:
+def _require_same_run(config: RunConfig) -> int:
+    """The step of the checkpoint that the run goes on from, 0 without one; ConfigError where it is another run's."""
     uri = run_uri(config)
     recorded, store = join(uri, CONFIG), CheckpointStore(uri, config.s3)
     found = read_state(store)
     if found is None or not exists(recorded, config.s3):
-        return
+        return 0
     state, there = found
     parallel = config.parallel
     # The precision that `auto` is on the workers' hardware is theirs to compare.
@@ -89,3 +103,4 @@ def _require_same_run(config: RunConfig) -> None:
             f"the unfinished run {uri} was started with another configuration:\n{told}\n"
             "  Set the values back to go on with it, or choose another run.name."
         )
+    return state.step

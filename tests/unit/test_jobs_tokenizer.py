@@ -77,10 +77,10 @@ def test_the_sample_is_spread_over_the_inputs_and_capped(tmp_path: Path, monkeyp
     monkeypatch.setattr(train_tokenizer, "SLICE_BYTES", 100_000)  # a slice a file
     for n in range(40):
         (tmp_path / f"{n:02d}.jsonl").write_text("".join(json.dumps({"text": f"{n:02d} " * 1000}) + "\n" for _ in range(20)))
-    texts = list(train_tokenizer.sample_texts([str(tmp_path)], "text", 60_000, S3Section()))
+    texts = list(train_tokenizer.sample_texts([str(tmp_path)], "text", 60_000, S3Section(), []))
     assert 60_000 <= sum(map(len, texts)) <= 60_000 + 3000
     assert len({text[:2] for text in texts}) == 16
-    assert len(list(train_tokenizer.sample_texts([str(tmp_path)], "text", 10**9, S3Section()))) == 40 * 20
+    assert len(list(train_tokenizer.sample_texts([str(tmp_path)], "text", 10**9, S3Section(), []))) == 40 * 20
 
 
 def test_text_field_is_followed(inputs: Path, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_text_field_is_followed(inputs: Path, tmp_path: Path) -> None:
     [
         (["--input", "INPUTS", "--vocab-size", "10"], "Nearest legal value: 258"),
         (["--input", "INPUTS/none.jsonl"], "none.jsonl"),
-        (["--input", "INPUTS/a.jsonl.zst", "--text-field", "nothing"], "no text"),
+        (["--input", "INPUTS/a.jsonl.zst", "--text-field", "nothing"], "no field 'nothing'"),
     ],
 )
 def test_errors_are_one_message(args: list[str], message: str, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
