@@ -13,6 +13,7 @@ JOBS = {
     "pretrain": "train a language model from raw text",
     "prepare": "write the embedded corpus and its tokenizer to disk",
     "train-tokenizer": "train a tokenizer on the corpus",
+    "trace": "print the documents that made a step's batch",
 }
 USAGE = "usage: headrace COMMAND [options]      (headrace COMMAND --help tells the options; --version, --help)"
 

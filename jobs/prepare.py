@@ -1,36 +1,73 @@
-"""`python -m jobs.prepare --builtin`: writes the embedded corpus, and its tokenizer, to disk, once."""
+"""`python -m jobs.prepare`: what can be made before a run. `--builtin`: the embedded corpus and its tokenizer, on disk, once.
+`--tokens --config FILE`: a run's whole corpus, packed into its token cache.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import tempfile
+import time
 from pathlib import Path
 
+from cluster.connect import connected, require_cpus
+from llm.config import RunConfig
+from llm.config_file import load_run
 from llm.data.builtin import CORPUS_FOLDER, prepare_builtin, prepare_builtin_tokenizer
-from llm.errors import HeadraceError
+from llm.data.cache import require_room, token_cache
+from llm.data.corpus import plan_stream, with_builtin_corpus
+from llm.errors import ConfigError, HeadraceError
+from llm.observe.quiet import redirect_noise
+from llm.tokenizer import load_tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:
     """Prints one line about what is there now; the exit code is 0, or the error's."""
-    parser = argparse.ArgumentParser(prog="python -m jobs.prepare", description="Prepare a corpus to train on.")
-    parser.add_argument(
-        "--builtin",
-        action="store_true",
-        required=True,
-        help="real text from this Python installation; downloads nothing",
-    )
-    parser.add_argument("--out", type=Path, default=CORPUS_FOLDER, metavar="DIR", help="default: %(default)s")
+    parser = argparse.ArgumentParser(prog="headrace prepare", description="Prepare a corpus to train on.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--builtin", action="store_true", help="real text from this Python installation; downloads nothing")
+    what.add_argument("--tokens", action="store_true", help="fill the token cache of the run that --config describes")
+    parser.add_argument("--out", type=Path, default=CORPUS_FOLDER, metavar="DIR", help="of --builtin; default: %(default)s")
+    parser.add_argument("--config", metavar="FILE", help="the run, in YAML")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key: data.seq_len=1024")
     options = parser.parse_args(argv)
+    if options.tokens and not options.config:
+        parser.error("--tokens needs --config FILE")
     try:
-        corpus = prepare_builtin(options.out)
-        if options.out == CORPUS_FOLDER:
-            prepare_builtin_tokenizer()  # where `tokenizer.path: builtin` looks for it
+        print(fill_tokens(load_run(options.config, options.set)) if options.tokens else write_builtin(options.out))
     except HeadraceError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    done = "already there" if corpus.cached else f"written in {corpus.elapsed_s:.1f} s"
-    print(f"{corpus.folder}: {corpus.num_documents} documents, {corpus.text_bytes / 1e6:.1f} MB of text, {done}")
     return 0
+
+
+def write_builtin(folder: Path) -> str:
+    corpus = prepare_builtin(folder)
+    if folder == CORPUS_FOLDER:
+        prepare_builtin_tokenizer()  # where `tokenizer.path: builtin` looks for it
+    done = "already there" if corpus.cached else f"written in {corpus.elapsed_s:.1f} s"
+    return f"{corpus.folder}: {corpus.num_documents} documents, {corpus.text_bytes / 1e6:.1f} MB of text, {done}"
+
+
+def fill_tokens(config: RunConfig) -> str:
+    config = with_builtin_corpus(config)
+    cache = token_cache(config)
+    if cache is None:
+        raise ConfigError("data.cache.enabled=false: there is no token cache to fill. Set it to true.")
+    recipe = plan_stream(config, load_tokenizer(config.tokenizer.path, config.tokenizer.eos, config.s3)).recipe
+    require_room(cache, recipe)
+    began_s, cpus = time.perf_counter(), os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as logs, redirect_noise(Path(logs) / "ray.log"), connected(cpus + 1):
+        require_cpus(cpus)
+        from llm.data.stream import fill_cache  # imports Ray, which must be connected first
+
+        found = fill_cache(recipe, cache, cpus)
+    took_s = time.perf_counter() - began_s
+    return (
+        f"{cache.uri}: {found['slices']} slices, {found['rows']:,} rows of {config.data.seq_len + 1}, {found['tokens']:,} tokens, "
+        f"{found['bad']} of {found['records']:,} records unreadable, in {took_s:.0f} s"
+    )
 
 
 if __name__ == "__main__":

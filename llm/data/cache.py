@@ -21,10 +21,11 @@ import pyarrow as pa
 from pyarrow.fs import FileSelector, FileType
 
 from llm.config import RunConfig, S3Section
-from llm.data.pack import Rows
+from llm.data.pack import Rows, narrowest
 from llm.data.records import BadRecord
-from llm.data.slices import Slice
+from llm.data.slices import BYTES_PER_TOKEN, Slice
 from llm.data.window import Packed, Provenance, Recipe, make_slice
+from llm.errors import ConfigError
 from llm.storage import is_s3, join, local_path, open_storage, storage_errors, write_bytes
 
 FORMAT = 1  # raise it when the same slice would be packed into other rows
@@ -102,6 +103,18 @@ def token_cache(config: RunConfig) -> TokenCache | None:
         return None
     uri = cache.uri or join(config.run.storage, "cache", "tokens")
     return TokenCache(uri if is_s3(uri) else local_path(uri), config.s3, cache.max_gib * (1 << 30))
+
+
+def require_room(cache: TokenCache, recipe: Recipe) -> None:
+    """Raises ConfigError where the corpus, packed, is larger than the cache may grow."""
+    text_bytes = sum(source.text_bytes for source in recipe.plan.sources)
+    needed = text_bytes / BYTES_PER_TOKEN * np.dtype(narrowest(recipe.tokenizer.vocab_size)).itemsize
+    if needed > cache.max_bytes:
+        gib = 1 << 30
+        raise ConfigError(
+            f"the tokens of {text_bytes / gib:.1f} GiB of text take about {needed / gib:.1f} GiB, more than "
+            f"data.cache.max_gib={cache.max_bytes / gib:g}. Nearest legal value: {needed / gib + 1:.0f}"
+        )
 
 
 def slice_key(recipe: Recipe, piece: Slice) -> str:

@@ -123,6 +123,19 @@ class CorpusPlan:
             chosen.append(self._slice(source, self._given_before(block, source, began) + nth))
         return tuple(chosen)
 
+    @property
+    def num_training(self) -> tuple[int, ...]:
+        """Training slices of each source."""
+        return tuple(len(source) - held for source, held in zip(self.sources, self.held_out, strict=True))
+
+    def training_slice(self, number: int) -> Slice:
+        """The training slices of all sources one after the other, each once, in no particular order."""
+        for source, count in enumerate(self.num_training):
+            if number < count:
+                return self.sources[source][self._shuffled(source, self.held_out[source] + number)]
+            number -= count
+        raise IndexError(number)
+
     def held_out_slices(self, source: int) -> list[Slice]:
         slices = self.sources[source]
         return [slices[i] for i in sorted(self._shuffled(source, n) for n in range(self.held_out[source]))]

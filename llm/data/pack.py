@@ -28,8 +28,8 @@ ROW, COLUMN, DOCUMENT, OFFSET, LENGTH = range(5)
 
 @dataclass(frozen=True)
 class Rows:
-    """`ids`: int32 (rows, seq_len + 1), the end-of-document id where there is padding. `pieces`: int32 (pieces, 5), by row and column: the
-    piece of `length` ids in that place is from `offset` on of that document."""
+    """`ids`: integers (rows, seq_len + 1), the end-of-document id where there is padding. `pieces`: int32 (pieces, 5), by row and column:
+    the piece of `length` ids in that place is from `offset` on of that document."""
 
     ids: np.ndarray
     pieces: np.ndarray
@@ -102,7 +102,7 @@ def refilled(rows: Rows, eos_id: int) -> Rows:
     old = rows.taken(emptied)
     line = old.ids[np.arange(width)[None] < old.filled[:, None]]
     num_rows = -(-len(line) // width)
-    ids = np.full(num_rows * width, eos_id, dtype=np.int32)
+    ids = np.full(num_rows * width, eos_id, dtype=rows.ids.dtype)
     ids[: len(line)] = line
     stay = rows.taken(kept)
     pieces = _cut(old.pieces, width)
@@ -125,8 +125,13 @@ def shuffle_order(num_rows: int, seed: Sequence[int]) -> np.ndarray:
     return np.argsort(keys, kind="stable")
 
 
-def no_rows(seq_len: int) -> Rows:
-    return Rows(np.zeros((0, seq_len + 1), dtype=np.int32), np.zeros((0, 5), dtype=np.int32))
+def narrowest(size: int) -> type[np.uint16] | type[np.int32]:
+    """The type for numbers below `size`."""
+    return np.uint16 if size <= 1 << 16 else np.int32
+
+
+def no_rows(seq_len: int, kind: type[np.integer] = np.int32) -> Rows:
+    return Rows(np.zeros((0, seq_len + 1), dtype=kind), np.zeros((0, 5), dtype=np.int32))
 
 
 def _best_fit(lengths: list[int], width: int) -> list[list[int]]:
@@ -155,7 +160,7 @@ def _best_fit(lengths: list[int], width: int) -> list[list[int]]:
 
 
 def _laid(tokens: np.ndarray, begins: np.ndarray, pieces: np.ndarray, num_rows: int, width: int, eos_id: int) -> Rows:
-    ids = np.full(num_rows * width, eos_id, dtype=np.int32)
+    ids = np.full(num_rows * width, eos_id, dtype=tokens.dtype)
     lengths = pieces[:, LENGTH].astype(np.int64)
     within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     there = np.repeat(pieces[:, ROW].astype(np.int64) * width + pieces[:, COLUMN], lengths) + within

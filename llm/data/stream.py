@@ -31,6 +31,7 @@ from ray.data._internal.execution.backpressure_policy import (
 from llm.config import S3Section
 from llm.data.cache import TokenCache
 from llm.data.order import Cursor
+from llm.data.pack import narrowest
 from llm.data.run_ahead import RUN_AHEAD, RunAhead
 from llm.data.start_file import StartFile
 from llm.data.window import Packed, Recipe, make_window
@@ -49,6 +50,8 @@ MOST_BYTES_PER_TOKEN = 16
 # would be what limits small models. Large rows are not worth holding back for it.
 MAX_BATCHES_PER_GROUP = 16
 GROUP_BYTES = 8 << 20
+
+FILLED = ("slices", "rows", "tokens", "records", "bad")
 
 UNSAFE_RAY_DATA_SETTINGS = (
     "RAY_DATA_AUTOLOAD_PICKLE_OBJECT_SCALAR",
@@ -88,14 +91,8 @@ def sequences(
     Columns: `ids`, `segments` (seq_len + 1), integers as wide as needed; `position` int64 (epoch, window, offset) of the row; `counts`
     int64, COUNTED of the row's window, on its first row only (0 elsewhere), so that sums over rows count each record once.
     """
-    for name in UNSAFE_RAY_DATA_SETTINGS:
-        if os.environ.get(name):
-            raise DataError(f"{name} is set: it lets Ray Data run code found in data files. Unset it.")
-    context = ray.data.DataContext.get_current()
+    context = _safe_context()
     context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-
     group = batches_per_group(recipe.seq_len, batch_rows, num_batches)
     group_rows = group * batch_rows
     num_rows = -(-num_batches // group) * group_rows
@@ -112,12 +109,45 @@ def sequences(
 
     # Not ray.data.range: its numbers would be made by tasks, which take turns with tokenizing.
     numbers = ray.data.from_items([{"id": n} for n in range(num_windows)], override_num_blocks=num_windows)
-    windows = numbers.map_batches(tokenize, batch_size=1, concurrency=windows_ahead, num_cpus=1)
+    windows = numbers.map_batches(tokenize, batch_size=1, compute=ray.data.TaskPoolStrategy(windows_ahead), num_cpus=1)
     groups = windows.repartition(target_num_rows_per_block=group_rows, strict=True)
     if data_size == 1:
         return groups
     by_rank = groups.map_batches(partial(rank_major, group_rows, group, data_size), batch_size=group_rows)
     return by_rank.repartition(target_num_rows_per_block=group_rows // data_size, strict=True)
+
+
+def fill_cache(recipe: Recipe, cache: TokenCache, concurrency: int) -> dict[str, int]:
+    """Packs every training slice into the cache, `concurrency` at a time; slices, rows, tokens, records and bad records in all."""
+    _safe_context()
+    plan, shared = recipe.plan, ray.put(recipe)
+    total = sum(plan.num_training)
+
+    def fill(batch: Any) -> dict[str, list[int]]:
+        held, found = ray.get(shared), []
+        for number in batch["id"].tolist():
+            packed = cache.slice(held, held.plan.training_slice(number))
+            counts = packed.counts["records"], packed.counts["bad"]
+            found.append((1, len(packed.rows), int(packed.rows.filled.sum()), *counts))
+        return {name: [sum(column)] for name, column in zip(FILLED, zip(*found, strict=True), strict=True)}
+
+    numbers = ray.data.range(total, override_num_blocks=min(total, MAX_WINDOWS))
+    done = numbers.map_batches(fill, compute=ray.data.TaskPoolStrategy(concurrency), num_cpus=1)
+    sums: dict[str, int] = dict.fromkeys(FILLED, 0)
+    for row in done.iter_rows():
+        sums = {name: sums[name] + int(row[name]) for name in FILLED}
+    return sums
+
+
+def _safe_context() -> ray.data.DataContext:
+    """Ray Data's settings in this process, made quiet; DataError where they would run code found in data."""
+    for name in UNSAFE_RAY_DATA_SETTINGS:
+        if os.environ.get(name):
+            raise DataError(f"{name} is set: it lets Ray Data run code found in data files. Unset it.")
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    return context
 
 
 def batches_per_group(seq_len: int, batch_rows: int, num_batches: int) -> int:
@@ -153,13 +183,8 @@ def _window_block(
     place = np.arange(skip, num_rows, dtype=np.int64)
     width = recipe.seq_len + 1
     yield {
-        "ids": packed.rows.ids[skip:].astype(narrowest(recipe.tokenizer.vocab_size), copy=False),
+        "ids": packed.rows.ids[skip:],
         "segments": packed.rows.segments()[skip:].astype(narrowest(width + 1), copy=False),
         "position": np.stack([np.full(left, epoch), np.full(left, window), place], axis=1),
         "counts": counts,
     }
-
-
-def narrowest(size: int) -> type[np.uint16] | type[np.int32]:
-    """The type for numbers below `size`."""
-    return np.uint16 if size <= 1 << 16 else np.int32

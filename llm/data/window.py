@@ -22,7 +22,7 @@ from llm.config import CleanSection, S3Section
 from llm.data.clean import Cleaner
 from llm.data.encode import Encoder, Engine
 from llm.data.order import CorpusPlan
-from llm.data.pack import Rows, joined, no_rows, pack, refilled, shuffle_order
+from llm.data.pack import Rows, joined, narrowest, no_rows, pack, refilled, shuffle_order
 from llm.data.records import BadRecord, Document, read_slice
 from llm.data.slices import Slice
 from llm.tokenizer import Tokenizer
@@ -142,9 +142,10 @@ def _packed(recipe: Recipe, texts: _Texts, enough_tokens: int | None = None) -> 
         ids, sizes = encoder.encode(batch)
         tokens.append(ids)
         lengths.append(sizes)
+    kind = narrowest(recipe.tokenizer.vocab_size)
     if not tokens:
-        return no_rows(recipe.seq_len)
-    return pack(np.concatenate(tokens), np.concatenate(lengths), recipe.seq_len, recipe.tokenizer.eos_id)
+        return no_rows(recipe.seq_len, kind)
+    return pack(np.concatenate(tokens).astype(kind), np.concatenate(lengths), recipe.seq_len, recipe.tokenizer.eos_id)
 
 
 class _Texts:

@@ -25,7 +25,7 @@ from llm.job import Job
 from llm.model.build import build_model, enable_activation_checkpointing
 from llm.parallel.mesh import Mesh
 from llm.parallel.zero import Engine, best_precision
-from llm.state import TrainState
+from llm.state import COUNTED, TrainState
 from llm.train.optimizer import param_groups
 from llm.train.recorder import Recorder, StepTimes
 from llm.train.schedule import lr_factor
@@ -162,7 +162,7 @@ def _train_and_save(
         _save(engine, recorder, store, layout, state, config.checkpoint.keep)
     if config.export.enabled:
         _export(job, engine, recorder, store, state)
-    recorder.event("data", **dict(state.counts))
+    recorder.event("data", **{name: state.counts.get(name, 0) for name in COUNTED})
     recorder.event("end", status="finished", step=state.step)
     return state
 
