@@ -10,7 +10,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 from cluster.errors import ClusterError
 
@@ -37,6 +37,7 @@ def connected(logical_cpus: int) -> Iterator[None]:
         if is_private():
             # Sockets and Ray's own logs; short, because the path of a socket is at most 107 characters long.
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True))
+            stack.callback(_end_left_over, folder)
             _start_local(logical_cpus, folder)
         else:
             _connect(os.environ["RAY_ADDRESS"])
@@ -84,6 +85,18 @@ def _connect(address: str) -> None:
             ) from None
         first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
         raise ClusterError(f"cannot connect to the cluster at {address}: {first}") from None
+
+
+def _end_left_over(folder: str) -> None:
+    """Ends what is still there of the private cluster whose files are in `folder`. Ray's agents notice only after a minute that a cluster
+    is gone which was interrupted while it started."""
+    import psutil
+
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            files = (opened.path for opened in process.open_files())
+            if process.pid != os.getpid() and any(path.startswith(f"{folder}/") for path in files):
+                process.kill()
 
 
 def _start_local(logical_cpus: int, folder: str) -> None:

@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         return importlib.import_module(f"jobs.{name.replace('-', '_')}").main(rest)
+    except KeyboardInterrupt:
+        return 130
     except HeadraceError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -57,6 +58,7 @@ def fill_tokens(config: RunConfig) -> str:
         raise ConfigError("data.cache.enabled=false: there is no token cache to fill. Set it to true.")
     recipe = plan_stream(config, load_tokenizer(config.tokenizer.path, config.tokenizer.eos, config.s3)).recipe
     require_room(cache, recipe)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     began_s, cpus = time.perf_counter(), os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as logs, redirect_noise(Path(logs) / "ray.log"), connected(cpus + 1):
         require_cpus(cpus)

@@ -30,14 +30,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key: train.lr=1e-3")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     options = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, _interrupt)
+    _take_over_signals()
     try:
         config = load_run(options.config, options.set)
         if options.print_config:
             print(dump_run(config), end="")
             return 0
         pretrain(config, started_at_s)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # while it starts, Ray answers SIGTERM with an exit of its own
         print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     except Exception as error:
@@ -85,6 +85,7 @@ def _train(prepared: Prepared, watcher: RunWatcher, ray_folder: Path) -> None:
     with ExitStack() as stack:
         with watcher.progress.phase("connecting to Ray"):
             stack.enter_context(connected(cpus))
+        _take_over_signals()  # Ray has put its own handler in their place
         require_cpus(cpus)
         plan = plan_workers(parallel.workers, parallel.tensor, cluster_gpus())
         watcher.progress.waiting("starting the workers")
@@ -92,6 +93,11 @@ def _train(prepared: Prepared, watcher: RunWatcher, ray_folder: Path) -> None:
 
         resources = WorkerResources(plan.cpus_per_worker, plan.gpus_per_worker)
         fit(prepared.job, prepared.recipe, resources, str(ray_folder), watcher.poll, private_cluster=is_private())
+
+
+def _take_over_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
 
 
 def _interrupt(signum: int, frame: object) -> None:

@@ -22,6 +22,9 @@ SAMPLE_BYTES_PER_SLICE = 1 << 18  # of a large corpus only so many slices are op
 def main(argv: list[str] | None = None) -> int:
     """Prints one line about what was saved; the exit code is 0, or the error's."""
     options = _parser().parse_args(argv)
+    if not 0 < options.max_mb < 1e9:
+        print(f"error: --max-mb {options.max_mb} must be above 0 and under 1e9. Nearest legal value: 100", file=sys.stderr)
+        return 2
     s3 = S3Section()
     skipped: list[BadRecord] = []
     try:

@@ -7,6 +7,7 @@ Numbers that follow from others are properties, so they can never disagree with 
 from __future__ import annotations
 
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -55,7 +56,7 @@ class TokenizerSection(Section):
 class SourceSection(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
     uri: str = Field(min_length=1, description="a file, folder or glob, local or s3://; or 'builtin'")
-    weight: float | None = Field(default=None, gt=0, description="share of the stream; None for all sources: by their bytes")
+    weight: float | None = Field(default=None, ge=1e-9, le=1e9, description="share of the stream; None for all sources: by their bytes")
     text_field: str = "text"
 
 
@@ -232,6 +233,20 @@ def cross_checks(config: RunConfig) -> list[tuple[str, str]]:
         text = f"train.optimizer=muon orthogonalizes whole matrices, and parallel.tensor={parallel.tensor} holds parts of them. "
         found.append(("train.optimizer", text + "Nearest legal value: adamw. Or set parallel.tensor=1"))
     found += _source_problems(config)
+    if train.steps > 10**9:
+        found.append(("train.steps", f"train.steps={train.steps} is more than any run takes. Nearest legal value: 1000000000"))
+    try:
+        config.export.sample_prompt.encode()
+    except UnicodeEncodeError:
+        found.append(
+            ("export.sample_prompt", "export.sample_prompt holds half of a surrogate pair, which is no text. Nearest legal value: ''")
+        )
+    try:
+        _ = urlsplit(config.s3.endpoint_url or "").port
+    except ValueError as error:
+        found.append(
+            ("s3.endpoint_url", f"s3.endpoint_url={config.s3.endpoint_url!r} is no address: {error}. A legal one: http://127.0.0.1:8333")
+        )
     return found
 
 

@@ -43,6 +43,7 @@ MAY_CHANGE = (
     "s3",
 )
 ABSENT = "(absent)"
+MAX_VALUES = 100_000  # of a file: a few aliases of aliases can stand for more than any memory holds
 
 
 def load_run(path: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -209,6 +210,8 @@ def _parse(text: str, problems: list[Problem], lines: dict[KeyPath, int]) -> Any
             if node is None:
                 return None
             _note_keys(node, (), problems, lines, {})
+            if (size := _expanded(node, {})) > MAX_VALUES:
+                raise _NotYamlError(f": its aliases spell out {size:,} values, more than {MAX_VALUES:,}")
             return loader.construct_document(node)
         finally:
             loader.dispose()
@@ -220,8 +223,17 @@ def _parse(text: str, problems: list[Problem], lines: dict[KeyPath, int]) -> Any
         raise _NotYamlError(f": not valid YAML: {str(error).splitlines()[0]}") from None
     except RecursionError:
         raise _NotYamlError(": not valid YAML: nested too deeply") from None
-    except ValueError as error:
+    except (ValueError, LookupError, AttributeError, TypeError) as error:  # PyYAML's own, for a tag that does not fit its value
         raise _NotYamlError(f": not valid YAML: {error}") from None
+
+
+def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for, aliases spelt out."""
+    if id(node) not in known:
+        below = node.value if isinstance(node, (yaml.SequenceNode, yaml.MappingNode)) else ()
+        parts = [part for item in below for part in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = 1 + sum(_expanded(part, known) for part in parts)
+    return known[id(node)]
 
 
 def _note_keys(node: yaml.Node, path: KeyPath, problems: list[Problem], lines: dict[KeyPath, int], is_open: dict[int, bool]) -> None:

@@ -171,6 +171,7 @@ def _parse(data: bytes, uri: str) -> tuple[tokenizers.Tokenizer, dict[str, Any]]
         built = tokenizers.Tokenizer.from_str(data.decode("utf-8-sig"))
         if not built.get_vocab_size(with_added_tokens=True):
             raise ValueError("its vocabulary is empty")
+        built.encode("a word, \u2603 and <more>")  # fails where an unknown token is named that does not exist
     except Exception as error:  # the library raises no narrower class
         raise TokenizerError(
             f"{uri} is JSON, but not a tokenizer: {error}.\n"

@@ -12,6 +12,7 @@ from llm.data.encode import fastest
 from llm.data.identity import Corpus
 from llm.data.order import hold_out, plan_corpus
 from llm.data.pack import Rows, joined, no_rows
+from llm.data.records import BadRecord, read_slice
 from llm.data.slices import plan_slices, slice_bytes_for
 from llm.data.sources import list_files
 from llm.data.window import Packed, Recipe, held_out_rows, sample_texts
@@ -21,6 +22,7 @@ from llm.tokenizer import Tokenizer
 
 # Held-out slices are chosen to hold this many bytes a token: enough for any language, little enough to leave the rest for training.
 EVAL_BYTES_PER_TOKEN = 8
+LOOKED_AT_SLICES = 8  # of each source, to find out why it has no text
 SAMPLE_CHARS = 100_000  # of the corpus, on which a fast tokenizer must give the right ids; 30 ms
 
 
@@ -71,16 +73,25 @@ def evaluation_rows(config: RunConfig, recipe: Recipe) -> Rows:
     if len(rows):
         return rows
     names = ", ".join(source.uri for source in config.data.sources)
-    bad = [record for part in parts for record in part.bad]
+    bad = next((record for part in parts for record in part.bad), None) or _first_bad(recipe)
     if bad:
         raise DataError(
-            f"{len(bad)} of the first {sum(part.counts['records'] for part in parts)} records of {names} are unreadable, and no text is "
-            f"left. The first: {bad[0].uri}, at {bad[0].position}: {bad[0].reason}."
+            f"no readable text was found in {names}. The first record that cannot be read: {bad.uri}, at {bad.position}: {bad.reason}."
         )
     raise DataError(
         f"no text is left to hold out for evaluation in {names}: the corpus is empty after cleaning, or has a single record. "
         "Add text, lower data.clean.min_chars, or set eval.rows=0."
     )
+
+
+def _first_bad(recipe: Recipe) -> BadRecord | None:
+    """An unreadable record of the first slices, to say why there is no text."""
+    for source in recipe.plan.sources:
+        for number in range(min(len(source), LOOKED_AT_SLICES)):
+            for record in read_slice(source[number], recipe.text_fields[source.name], recipe.s3):
+                if isinstance(record, BadRecord):
+                    return record
+    return None
 
 
 def _held_out(recipe: Recipe, source: int, num_rows: int) -> Iterator[Packed]:

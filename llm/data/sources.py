@@ -5,6 +5,7 @@ How files are cut into slices is in `llm/data/slices.py`; what a slice holds is 
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -14,9 +15,9 @@ import pyarrow.parquet as pq
 from llm.config import S3Section, SourceSection
 from llm.data.records import is_io_error
 from llm.data.slices import Compression, Format, SourceFile
-from llm.errors import DataError
+from llm.errors import DataError, StorageError
 from llm.file_listing import find_files, nearest_uri
-from llm.storage import open_storage, storage_errors
+from llm.storage import is_s3, open_storage, storage_errors
 
 _FOOTER_THREADS = 16
 
@@ -45,6 +46,8 @@ def list_files(source: SourceSection, s3: S3Section) -> list[SourceFile]:
     for file in found:
         kind = _kind(file.path)
         if kind is not None and file.size_bytes > 0:
+            if not is_s3(file.uri) and not os.access(file.path, os.R_OK):
+                raise StorageError(f"{file.uri}: cannot read: Permission denied. Give this user the right to it, or name other files")
             files.append(SourceFile(source.name, file.uri, file.path, file.size_bytes, file.version, *kind))
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
         files = list(pool.map(lambda file: _with_row_groups(file, source.text_field, s3), files))

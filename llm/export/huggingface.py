@@ -24,6 +24,7 @@ from llm.checkpoint.store import CheckpointStore
 from llm.config import S3Section
 from llm.errors import ModelError
 from llm.job import Job
+from llm.model.families import field
 from llm.parallel.zero import Engine
 from llm.storage import is_s3, join, local_path, write_bytes
 from llm.tokenizer import Tokenizer
@@ -83,17 +84,18 @@ def _publish(folder: Path, uri: str, s3: S3Section) -> None:
     beside.rename(target)
 
 
-def probe_ids(model_config: dict[str, Any]) -> Tensor:
-    """Token ids (1, up to 64) that export and engine are compared on: spread over the vocabulary, the same everywhere."""
+def probe_ids(job: Job) -> Tensor:
+    """Token ids (1, up to 64, at most a row) that export and engine are compared on: from all of the vocabulary, the same everywhere."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, model_config["vocab_size"], (1, PROBE_TOKENS), generator=generator)
+    length = min(PROBE_TOKENS, job.config.data.seq_len)
+    return torch.randint(0, field(job.model_config, "vocab_size", job.tokenizer.vocab_size), (1, length), generator=generator)
 
 
 @torch.no_grad()
-def probe_logits(engine: Engine, model_config: dict[str, Any]) -> Tensor:
+def probe_logits(engine: Engine, job: Job) -> Tensor:
     """The engine's logits (1, tokens, vocab), fp32 on the CPU. All ranks must call it."""
     engine.deepspeed.eval()
-    logits = engine.forward(input_ids=probe_ids(model_config).to(engine.device)).float().cpu()
+    logits = engine.forward(input_ids=probe_ids(job).to(engine.device)).float().cpu()
     engine.deepspeed.train()
     return logits
 
@@ -111,7 +113,7 @@ def export_and_check(job: Job, store: CheckpointStore, step: int, engine_logits:
         model = AutoModelForCausalLM.from_pretrained(local_path(folder), dtype=torch.float32, local_files_only=True).eval()
         if is_s3(uri):
             _publish(Path(folder), uri, job.config.s3)
-    difference = float((model(input_ids=probe_ids(job.model_config)).logits - engine_logits).abs().max())
+    difference = float((model(input_ids=probe_ids(job)).logits - engine_logits).abs().max())
     if not difference <= LOGIT_TOLERANCE[precision]:
         raise ModelError(
             f"the export in {uri} does not compute what was trained: its logits differ from the engine's by up to {difference:.2g}, "

@@ -8,6 +8,7 @@ classes it is.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llm.errors import ModelError
+from llm.model.families import ISOLATES, TENSOR_PARALLEL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,6 +33,7 @@ _OUR_ARGUMENTS = (
     "auto_map",
 )
 _SHOWN_NAMES = 4
+CAUSAL_PROBE_TOKENS = 8
 
 
 def build_model(
@@ -63,7 +66,23 @@ def build_model(
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise ModelError(f"a {config['model_type']} model cannot be built: {_first_lines(error)}") from error
+    if config["model_type"] not in ISOLATES | TENSOR_PARALLEL:  # of those, training was seen to be causal
+        _require_causal(model, settings)
     return model.train()
+
+
+@torch.no_grad()
+def _require_causal(model: PreTrainedModel, settings: PreTrainedConfig) -> None:
+    """Raises ModelError where a token's logits depend on the tokens after it, as in encoders: its loss would be a cheat."""
+    ids = torch.arange(1, 1 + CAUSAL_PROBE_TOKENS)[None] % settings.vocab_size
+    changed = ids.clone()
+    changed[0, -2:] = (ids[0, -2:] + 1) % settings.vocab_size
+    one, other = (model.eval()(input_ids=each).logits[0, :-2].float() for each in (ids, changed))
+    if not torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().max())):
+        raise ModelError(
+            f"a {settings.model_type} model sees the tokens after the one that it predicts, so it cannot be trained as a causal language "
+            "model. If its family has the key, set is_decoder=true in its config.json; else use a decoder such as llama or gpt2"
+        )
 
 
 def enable_activation_checkpointing(model: PreTrainedModel) -> None:
@@ -146,4 +165,5 @@ def _some(names: Iterable[str]) -> str:
 def _first_lines(error: BaseException) -> str:
     if isinstance(error, KeyError):
         return f"it has no {error}"
-    return " ".join(line.strip() for line in str(error).splitlines()[:3] if line.strip())
+    text = " ".join(line.strip() for line in str(error).splitlines()[:3] if line.strip())
+    return re.sub(r'`?attn_implementation="eager"`?', "model.attention=eager", text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm.model.families import HIDDEN_IS_HEADS, ISOLATES, TENSOR_PARALLEL, WHY_NOT_SPLIT, field
+from llm.model.families import ALIASES, HIDDEN_IS_HEADS, ISOLATES, TENSOR_PARALLEL, WHY_NOT_SPLIT, field
 
 
 def check_model(
@@ -22,7 +22,9 @@ def check_model(
     of a tensor group, `isolate` whether documents of a row are kept apart. Sizes that `config` leaves to its family's
     defaults are not checked. An odd vocabulary needs no check: DeepSpeed splits the output matrix unevenly and right.
     """
-    found: list[tuple[str, str]] = []
+    found = _number_problems(config)
+    if found:
+        return found
     rows = field(config, "vocab_size")
     if rows is not None and vocab_size > rows:
         near = -(-vocab_size // 64) * 64
@@ -47,6 +49,19 @@ def check_model(
         found += _isolation_problems(config["model_type"], attention)
     if tensor > 1:
         found += _tensor_problems(config, tensor)
+    return found
+
+
+def _number_problems(config: dict[str, Any]) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    for name in ALIASES:
+        value = field(config, name)
+        if value is None or name == "tie_word_embeddings" or (type(value) is int and value >= 1):
+            continue
+        if name == "num_key_value_heads" and isinstance(value, list):  # families whose layers differ
+            continue
+        near = max(1, round(value)) if isinstance(value, int | float) and abs(value) < 1e12 else 1
+        found.append((f"model.config.{name}", f"{name}={value!r} must be a whole number of at least 1. Nearest legal value: {near}"))
     return found
 
 

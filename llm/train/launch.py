@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 import ray.data
+from ray.exceptions import RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
@@ -153,7 +154,8 @@ def user_error(error: BaseException) -> HeadraceError:
         if any(current is other for other in seen):
             continue
         seen.append(current)
-        if isinstance(current, HeadraceError):
+        # What Ray makes of an error in a task is of the error's own class too, with a traceback for a text.
+        if isinstance(current, HeadraceError) and not isinstance(current, RayTaskError):
             return current
         queue += list(getattr(current, "worker_failures", {}).values())
         inner = (getattr(current, name, None) for name in ("_base_exc", "cause", "controller_failure", "__cause__"))

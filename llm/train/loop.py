@@ -192,7 +192,7 @@ def _save(engine: Engine, recorder: Recorder, store: CheckpointStore, layout: La
 
 def _export(job: Job, engine: Engine, recorder: Recorder, store: CheckpointStore, state: TrainState) -> None:
     """Rank 0 writes the export from the checkpoint and holds it against the engine; the others wait."""
-    logits = probe_logits(engine, job.model_config)
+    logits = probe_logits(engine, job)
     if engine.mesh.rank == 0:
         done = export_and_check(job, store, state.step, logits, engine.precision)
         recorder.event("export", path=done.uri, max_logit_difference=done.max_logit_difference)
