@@ -43,6 +43,7 @@ MAY_CHANGE = (
     "s3",
 )
 ABSENT = "(absent)"
+MAX_DIGITS = 100
 MAX_VALUES = 100_000  # of a file: a few aliases of aliases can stand for more than any memory holds
 
 
@@ -292,7 +293,10 @@ for _tag, (_pattern, _first) in _SCALARS.items():
 
 
 def _whole_number(loader: yaml.SafeLoader, node: Any) -> int:
-    return int(str(loader.construct_scalar(node)).replace("_", ""), 0)
+    text = str(loader.construct_scalar(node)).replace("_", "")
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text, 0)
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)

@@ -78,7 +78,8 @@ def _require_causal(model: PreTrainedModel, settings: PreTrainedConfig) -> None:
     changed = ids.clone()
     changed[0, -2:] = (ids[0, -2:] + 1) % settings.vocab_size
     one, other = (model.eval()(input_ids=each).logits[0, :-2].float() for each in (ids, changed))
-    if not torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().max())):
+    # Of a causal model they are equal to the last bits; of an encoder with fresh weights they differ by a thousandth.
+    if float((one - other).abs().max()) > 1e-5 * float(one.abs().max()):
         raise ModelError(
             f"a {settings.model_type} model sees the tokens after the one that it predicts, so it cannot be trained as a causal language "
             "model. If its family has the key, set is_decoder=true in its config.json; else use a decoder such as llama or gpt2"

@@ -6,6 +6,7 @@ import signal
 import time
 
 import psutil
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -45,6 +46,16 @@ def test_four_workers_train_export_and_resume(recipe):
     third = start_run(recipe, *overrides, "train.steps=8")
     out, _ = third.communicate(timeout=60)
     assert third.returncode == 0 and "is finished" in out
+
+
+@pytest.mark.parametrize("after_s", [0.3, 4.0])
+def test_sigterm_while_it_starts_ends_the_run_quietly(recipe, after_s):
+    process = start_run(recipe)
+    time.sleep(after_s)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert "Traceback" not in err and "***" not in err
 
 
 def test_ctrl_c_ends_the_run_within_ten_seconds_and_leaves_no_process(recipe):

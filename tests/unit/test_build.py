@@ -127,3 +127,16 @@ def test_activation_checkpointing_changes_memory_and_no_number(name: str) -> Non
     assert saved[1] < saved[0]
     gradients = [{name: p.grad for name, p in model.named_parameters()} for model in (plain, checkpointed)]
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+def test_a_model_that_sees_later_tokens_is_refused() -> None:
+    bert = {"model_type": "bert", "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    bert |= {"intermediate_size": 48, "max_position_embeddings": 64}
+    with pytest.raises(ModelError, match=r"bert model sees the tokens after the one that it predicts.*is_decoder=true"):
+        build_model(bert, seed=0, attention="sdpa")
+    build_model(bert | {"is_decoder": True}, seed=0, attention="sdpa")
+
+
+def test_other_decoders_are_taken() -> None:
+    gptj = {"model_type": "gptj", "vocab_size": 96, "n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4, "n_positions": 32}
+    build_model(gptj, seed=0, attention="eager")

@@ -473,3 +473,24 @@ def test_loading_is_quick() -> None:
     code = "import time; from llm.config_file import load_run; print(time.process_time())"
     ran = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=60, check=True)
     assert float(ran.stdout) < 1.0
+
+
+@pytest.mark.parametrize(("override", "told"), [
+    ("train.steps=99999999999999999999", "is more than any run takes"),
+    ('export.sample_prompt="\\ud83d"', "half of a surrogate pair"),
+    ("s3.endpoint_url=http://127.0.0.1:99999", "is no address"),
+    ("data.sources.0.weight=1e20", "at most 1000000000"),
+    ("parallel.workers=!!bool foo", "cannot be read"),
+    ("parallel.workers=0x" + "f" * 5000, "cannot be read"),
+    ("data.schedule=[{from_step: 5, weights: {nobody: 1.0}}]", "Nearest legal names: docs, code"),
+    ("data.schedule=[{from_step: 5, weights: {docs: 1.0}}, {from_step: 5, weights: {code: 1.0}}]", "must be above 5"),
+])  # fmt: skip
+def test_what_an_attacker_tried_is_one_line(problems, override: str, told: str) -> None:
+    [line] = problems(GOOD, override)
+    assert told in line
+
+
+def test_aliases_of_aliases_are_not_spelt_out(load) -> None:
+    nested = "".join(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9) if i else 'x'}]\n    " for i in range(9))
+    with pytest.raises(ConfigError, match="aliases spell out"):
+        load(GOOD.replace("model: {preset: llama_1m}", f"model:\n  preset: llama_1m\n  config:\n    {nested}"))

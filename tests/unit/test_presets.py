@@ -169,3 +169,13 @@ def test_family_tables_agree() -> None:
     assert not TENSOR_PARALLEL & WHY_NOT_SPLIT.keys()
     assert field({"n_inner": None, "ffn_dim": 7}, "intermediate_size") == 7
     assert field({}, "head_dim", 5) == 5
+
+
+@pytest.mark.parametrize(("key", "value", "near"), [
+    ("hidden_size", "abc", 1), ("num_hidden_layers", 0, 1), ("num_hidden_layers", -1, 1), ("num_attention_heads", [4], 1),
+    ("max_position_embeddings", 0, 1), ("head_dim", 15.6, 16), ("vocab_size", True, 1),
+])  # fmt: skip
+def test_sizes_are_whole_numbers_above_zero(key: str, value: object, near: int) -> None:
+    config = PRESETS["llama_1m"] | {key: value}
+    [(where, told)] = check_model(config, tensor=1, vocab_size=96, seq_len=16)
+    assert where == f"model.config.{key}" and told.endswith(f"must be a whole number of at least 1. Nearest legal value: {near}")
