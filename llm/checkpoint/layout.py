@@ -23,7 +23,7 @@ _STEP = re.compile(r"^step-(\d{8,})$")
 
 @dataclass(frozen=True)
 class Layout:
-    """What a checkpoint of this version must be restored into."""
+    """How the engine that saved a checkpoint was laid out."""
 
     workers: int
     tensor: int

@@ -25,10 +25,17 @@ def newest_state(store: CheckpointStore) -> TrainState:
     return found[0] if found else TrainState()
 
 
-def require_same_layout(there: Layout, here: Layout, step: int) -> None:
-    differences = there.differences(here)
-    if differences:
+def require_restorable(there: Layout, here: Layout, step: int) -> None:
+    """Raises CheckpointError where a checkpoint of layout `there` cannot go on as `here`: ZeRO stage, tensor size and workers may differ,
+    but not what the numbers mean."""
+    fixed = [line for line in there.differences(here) if line.startswith(("precision=", "optimizer="))]
+    if fixed:
         raise CheckpointError(
-            f"checkpoint {step_folder(step)} was saved with another layout ({'; '.join(differences)}), and this version restores the "
-            "same layout only. Set the values back, or choose another run.name."
+            f"checkpoint {step_folder(step)} was saved by another kind of run ({'; '.join(fixed)}). Set the values back, or choose another "
+            "run.name."
+        )
+    if there != here and here.optimizer == "muon":
+        raise CheckpointError(
+            f"checkpoint {step_folder(step)} was saved with another layout ({'; '.join(there.differences(here))}), and Muon's state goes "
+            "to the same layout only. Set the values back, or choose another run.name."
         )

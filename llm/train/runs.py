@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llm.checkpoint.layout import Layout
-from llm.checkpoint.newest import read_state, require_same_layout
+from llm.checkpoint.newest import read_state, require_restorable
 from llm.checkpoint.store import CheckpointStore
 from llm.config import RunConfig
 from llm.config_file import config_differences, dump_run, parse_run
@@ -95,7 +95,7 @@ def _require_same_run(config: RunConfig) -> int:
     parallel = config.parallel
     # The precision that `auto` is on the workers' hardware is theirs to compare.
     here = Layout(parallel.workers, parallel.tensor, parallel.zero_stage, there.precision, config.train.optimizer)
-    require_same_layout(there, here, state.step)
+    require_restorable(there, here, state.step)
     changed = config_differences(parse_run(read_bytes(recorded, config.s3).decode(), recorded), config)
     if changed:
         told = "\n".join(f"  {line}" for line in changed)
