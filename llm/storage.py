@@ -82,7 +82,7 @@ def write_bytes(uri: str, data: bytes | pa.Buffer, s3: S3Section, *, durable: bo
     filesystem, path = open_storage(uri, s3)
     with storage_errors(uri, s3, doing="write"):
         if is_s3(uri):
-            with filesystem.open_output_stream(path) as stream:
+            with filesystem.open_output_stream(path, compression=None) as stream:  # else a name in .zst would be compressed twice
                 stream.write(data)
         else:
             _write_local(Path(path), data, durable)
