@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 import zstandard
 
 from llm.config import S3Section
+from llm.data.exact_file import ExactFile
 from llm.data.slices import Compression, Slice, SourceFile
-from llm.errors import DataError
-from llm.storage import open_storage, storage_errors
+from llm.storage import storage_errors
 
 MAX_LINE_BYTES = 64 << 20  # a longer line is a broken file: it is skipped without being held in memory
 COMPRESSED_TEXT_BYTES = 1 << 20  # a compressed text file that unpacks to more becomes several documents of about this size
@@ -71,8 +71,8 @@ def read_slice(piece: Slice, text_field: str, s3: S3Section) -> Iterator[Documen
     COMPRESSED_TEXT_BYTES of a compressed one, is a document of whole lines. Memory: a few chunks of 4 MiB and the
     longest line, or the row groups of a Parquet slice.
 
-    Raises StorageError when a file cannot be opened or the connection is lost, DataError when its size changed since it
-    was listed.
+    Raises StorageError when a file cannot be opened or the connection stays lost, DataError when its size changed since
+    it was listed.
     """
     for number, raw in enumerate(raw for file in piece.files for raw in _read_file(file, piece, text_field, s3)):
         if number % piece.num_stripes == piece.stripe:
@@ -80,13 +80,7 @@ def read_slice(piece: Slice, text_field: str, s3: S3Section) -> Iterator[Documen
 
 
 def _read_file(file: SourceFile, piece: Slice, text_field: str, s3: S3Section) -> Iterator[_Raw]:
-    filesystem, path = open_storage(file.uri, s3)
-    with storage_errors(file.uri, s3), filesystem.open_input_file(path) as stream:
-        if (size := stream.size()) != file.size_bytes:
-            raise DataError(
-                f"{file.uri}: changed during the run: {file.size_bytes} bytes when listed, {size} now.\n"
-                "  Put the old file back, or start a run of another name on the new one."
-            )
+    with storage_errors(file.uri, s3), ExactFile(file.uri, file.size_bytes, s3) as stream:
         alone = len(piece.files) == 1
         if file.format == "parquet":
             groups = range(piece.start, piece.stop) if alone else range(len(file.row_group_bytes))
@@ -94,7 +88,7 @@ def _read_file(file: SourceFile, piece: Slice, text_field: str, s3: S3Section) -
         elif file.compression is not None:
             yield from _compressed_records(file, stream)
         else:
-            start, stop = (piece.start, piece.stop) if alone else (0, size)
+            start, stop = (piece.start, piece.stop) if alone else (0, file.size_bytes)
             lines = _lines_between(stream, start, stop)
             yield from _one_text(file, lines) if file.format == "text" else _json_lines(file, lines)
 
@@ -146,7 +140,7 @@ def _json_lines(file: SourceFile, lines: Iterable[tuple[int, bytes | None]]) -> 
             yield _Raw(file.uri, position, line, is_json=True)
 
 
-def _compressed_records(file: SourceFile, stream: pa.NativeFile) -> Iterator[_Raw]:
+def _compressed_records(file: SourceFile, stream: ExactFile) -> Iterator[_Raw]:
     """JSONL: one record a line, at its number. Text: pieces of whole lines, each at its offset in the unpacked text."""
     assert file.compression is not None
     number, start, end = 0, 0, 0
@@ -173,7 +167,7 @@ def _compressed_records(file: SourceFile, stream: pa.NativeFile) -> Iterator[_Ra
         yield _Raw(file.uri, number + 1 if file.format == "jsonl" else end, None, bad=bad)
 
 
-def _unpacked(stream: pa.NativeFile, compression: Compression) -> Iterator[bytes]:
+def _unpacked(stream: ExactFile, compression: Compression) -> Iterator[bytes]:
     """Chunks of the unpacked stream, over all gzip members or zstd frames; raises _DamagedError after the last good.
 
     Fed in small bites, because both libraries throw away what they unpacked from a bite that turns out damaged.
@@ -207,7 +201,7 @@ def _unpacked(stream: pa.NativeFile, compression: Compression) -> Iterator[bytes
         raise _DamagedError(f"truncated {compression} stream")
 
 
-def _lines_between(stream: pa.NativeFile, start: int, stop: int) -> Iterator[tuple[int, bytes | None]]:
+def _lines_between(stream: ExactFile, start: int, stop: int) -> Iterator[tuple[int, bytes | None]]:
     """(offset, line) of the lines that begin in bytes [start, stop), each at 0 or after a newline. None: too long."""
     position = max(start - 1, 0)
     chunks = _chunks(stream, position, stop)
@@ -224,7 +218,7 @@ def _lines_between(stream: pa.NativeFile, start: int, stop: int) -> Iterator[tup
     yield from _split_lines(chunks, position, stop)
 
 
-def _chunks(stream: pa.NativeFile, position: int, stop: int) -> Iterator[bytes]:
+def _chunks(stream: ExactFile, position: int, stop: int) -> Iterator[bytes]:
     stream.seek(position)
     while chunk := stream.read(min(_CHUNK_BYTES, stop - position) if position < stop else _TAIL_BYTES):
         position += len(chunk)
@@ -261,10 +255,10 @@ def _split_lines(chunks: Iterable[bytes], offset: int, stop: int | None = None) 
         yield offset, b"".join(held) if held_bytes <= MAX_LINE_BYTES else None
 
 
-def _parquet_rows(file: SourceFile, stream: pa.NativeFile, groups: range, text_field: str) -> Iterator[_Raw]:
+def _parquet_rows(file: SourceFile, stream: ExactFile, groups: range, text_field: str) -> Iterator[_Raw]:
     row = 0
     try:
-        table = pq.ParquetFile(stream, pre_buffer=True)
+        table = pq.ParquetFile(stream.for_arrow, pre_buffer=True)
         row = sum(table.metadata.row_group(i).num_rows for i in range(groups.start))
         for batch in table.iter_batches(_PARQUET_BATCH_ROWS, list(groups), [text_field], use_threads=False):
             for scalar in batch.column(0):
@@ -273,6 +267,7 @@ def _parquet_rows(file: SourceFile, stream: pa.NativeFile, groups: range, text_f
     except (pa.ArrowException, OSError) as error:
         if is_io_error(error):
             raise
+        stream.check_size()
         yield _Raw(file.uri, row, None, bad=f"damaged Parquet file: {str(error).splitlines()[0]}")
 
 
