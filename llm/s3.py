@@ -24,11 +24,13 @@ from llm.config import S3Section
 S3_ATTEMPTS = 6  # with exponential waits, about 20 s: longer than a throttled bucket, shorter than a collective's time-out
 
 
-def s3_filesystem(bucket: str, s3: S3Section) -> pafs.S3FileSystem:
-    """The filesystem that holds a bucket. Raises ConnectionError where nothing answers at the endpoint."""
+def s3_filesystem(bucket: str, s3: S3Section, patient: bool = True) -> pafs.S3FileSystem:
+    """The filesystem that holds a bucket; `patient=False` tries each request once. Raises ConnectionError where nothing answers at the
+    endpoint."""
     endpoint = _endpoint(s3)
     resolve = bucket if endpoint is None and s3.region is None else None
-    return _s3_filesystem(endpoint, s3.region, resolve, s3.connect_timeout_s, s3.request_timeout_s, _aws_environment())
+    attempts = S3_ATTEMPTS if patient else 1
+    return _s3_filesystem(endpoint, s3.region, resolve, s3.connect_timeout_s, s3.request_timeout_s, attempts, _aws_environment())
 
 
 def _aws_environment() -> tuple[tuple[str, str], ...]:
@@ -42,6 +44,7 @@ def _s3_filesystem(
     resolve_bucket: str | None,
     connect_timeout_s: float,
     request_timeout_s: float,
+    attempts: int,
     environment: tuple[tuple[str, str], ...],
 ) -> pafs.S3FileSystem:
     """One filesystem, with its open connections, for each setting. `environment` serves to notice that it changed."""
@@ -59,7 +62,7 @@ def _s3_filesystem(
         region=region,
         connect_timeout=connect_timeout_s,
         request_timeout=request_timeout_s,
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS),
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=attempts),
         **options,
     )
 

@@ -19,13 +19,15 @@ from pyarrow import fs as pafs
 
 from llm.config import S3Section
 from llm.errors import StorageError
+from llm.retry import ShortReadError, patiently
 from llm.s3 import explain_s3, s3_client, s3_filesystem, without_noise
 
 S3_PREFIX = "s3://"
 
 
-def open_storage(uri: str, s3: S3Section) -> tuple[pafs.FileSystem, str]:
-    """The filesystem that holds `uri`, and the path inside it. Does not look whether that path exists.
+def open_storage(uri: str, s3: S3Section, patient: bool = True) -> tuple[pafs.FileSystem, str]:
+    """The filesystem that holds `uri`, and the path inside it. Does not look whether that path exists. With `patient=False` its calls are
+    tried once: for those who try again themselves.
 
     The first call for an S3 endpoint tries to connect to it, so that a wrong one fails within `s3.connect_timeout_s`
     and not after all retries. Raises StorageError for another scheme, a URI without a bucket, or an endpoint that
@@ -35,7 +37,7 @@ def open_storage(uri: str, s3: S3Section) -> tuple[pafs.FileSystem, str]:
         return pafs.LocalFileSystem(), local_path(uri)
     bucket, key = split_s3(uri)
     with storage_errors(uri, s3):
-        filesystem = s3_filesystem(bucket, s3)
+        filesystem = s3_filesystem(bucket, s3, patient)
     return filesystem, f"{bucket}/{key}" if key else bucket
 
 
@@ -70,10 +72,18 @@ def join(uri: str, *parts: str) -> str:
 
 
 def read_bytes(uri: str, s3: S3Section) -> bytes:
-    """All of a file, as stored. Raises StorageError."""
-    filesystem, path = open_storage(uri, s3)
-    with storage_errors(uri, s3), filesystem.open_input_file(path) as stream:
-        return stream.read()
+    """All of a file, as stored, at its full length: what was cut short is read again. Raises StorageError."""
+    filesystem, path = open_storage(uri, s3, patient=False)
+
+    def attempt() -> bytes:
+        with filesystem.open_input_file(path) as stream:
+            data, size = stream.read(), stream.size()
+        if len(data) != size:
+            raise ShortReadError(f"only {len(data)} of {size} bytes came")
+        return data
+
+    with storage_errors(uri, s3):
+        return patiently(attempt)
 
 
 def write_bytes(uri: str, data: bytes | pa.Buffer, s3: S3Section, *, durable: bool = True) -> None:
@@ -107,6 +117,8 @@ def storage_errors(uri: str, s3: S3Section, doing: str = "read") -> Iterator[Non
     try:
         yield
         return
+    except ShortReadError as error:
+        raise StorageError(f"{uri}: cannot {doing}: {error}") from None
     except (OSError, pa.ArrowException) as error:
         caught: Exception = error
     except Exception as error:  # botocore's errors share no base with OSError, and importing it costs 0.3 s

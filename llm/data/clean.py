@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 import unicodedata
 from collections.abc import Callable
+from functools import lru_cache
 
 import ftfy
 
@@ -50,6 +52,8 @@ _PAGE_END = re.compile("[\x0b\x0c\x85]")  # vertical tab, form feed, next line: 
 # them; direction marks stay for Arabic and Hebrew.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u200b\u2060-\u2064\ufeff\ufff9-\ufffb\ufdd0-\ufdef\ufffe\uffff]")
 _BLANK_LINES = re.compile("\n{4,}")
+_BLOCK_CHARS = 1 << 20  # split into lines at once: a list of short lines takes 20 times the memory of their text
+_MAX_MARKS = 30  # combining one after the other: what Unicode calls stream-safe (UAX #15); no language needs half of them
 _MAX_ROUNDS = 8  # one is nearly always enough; a removed character can bring together two that a step then changes
 
 
@@ -110,8 +114,18 @@ def _fix_unicode(text: str) -> str:
     if text.isascii():
         return text
     if _MAYBE_MISTAKEN.search(text):
-        text = "\n".join([_fix_line(line) for line in text.split("\n")])
-    return text if unicodedata.is_normalized("NFC", text) else unicodedata.normalize("NFC", text)
+        text = _by_line(text, _fix_line)
+    if unicodedata.is_normalized("NFC", text):
+        return text
+    # Normalizing sorts each run of marks, in a time that grows with the square of its length: minutes for a million.
+    return unicodedata.normalize("NFC", _long_runs_of_marks().sub(r"\1", text))
+
+
+@lru_cache(maxsize=1)
+def _long_runs_of_marks() -> re.Pattern[str]:
+    """Group 1 is what is kept. A mark: what is, or decomposes into something that begins with, a character of a combining class."""
+    marks = [chr(i) for i in range(0x300, sys.maxunicode + 1) if unicodedata.combining(unicodedata.normalize("NFD", chr(i))[0])]
+    return re.compile(f"([{''.join(marks)}]{{{_MAX_MARKS}}})[{''.join(marks)}]+")
 
 
 def _fix_line(line: str) -> str:
@@ -130,7 +144,17 @@ def _normalize_whitespace(text: str) -> str:
     """Newlines are \\n, no line ends in blanks, at most two blank lines together, none at either end."""
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = "\n".join([line.rstrip() for line in text.split("\n")])
+    text = _by_line(text, str.rstrip)
     if "\n\n\n\n" in text:
         text = _BLANK_LINES.sub("\n\n\n", text)
     return text.strip("\n")
+
+
+def _by_line(text: str, change: Callable[[str], str]) -> str:
+    """The text with each line changed."""
+    parts, start = [], 0
+    while start + _BLOCK_CHARS < len(text) and (end := text.find("\n", start + _BLOCK_CHARS)) >= 0:
+        parts.append("\n".join(map(change, text[start:end].split("\n"))))
+        start = end + 1
+    parts.append("\n".join(map(change, text[start:].split("\n"))))
+    return parts[0] if len(parts) == 1 else "\n".join(parts)

@@ -7,7 +7,7 @@ SentencePiece-style BPE tokenizers that it knows; `fastest` compares the two on 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +15,11 @@ import numpy as np
 from llm.tokenizer import TOKENIZER_JSON, Tokenizer
 
 Engine = Literal["gigatoken", "tokenizers"]
+
+# The tokenizers library takes 140 bytes a character. A longer text is cut, at the end of a line or word where there is one, into pieces
+# that are encoded by themselves: the ids beside a cut may be others.
+PIECE_CHARS = 1 << 20
+BATCH_CHARS: dict[Engine, int] = {"gigatoken": 1 << 20, "tokenizers": 1 << 17}  # encoded at once, a piece more or less
 
 # What tokenizers get wrong first: special tokens spelt out, empty text, runs, marks that combine, scripts, emoji, controls, code.
 _HARD_TEXTS = (
@@ -43,14 +48,28 @@ class Encoder:
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(ids of all texts one after the other, each ended by the end-of-document id, int32; how many each has, int64)."""
-        tokens, lengths = self._tokens(list(texts))
+        number_of_pieces: list[int] = []
+
+        def pieces() -> Iterator[str]:
+            for text in texts:
+                number_of_pieces.append(0)
+                for piece in _pieces(text):
+                    number_of_pieces[-1] += 1
+                    yield piece
+
+        found = [self._tokens(batch) for batch in _batches(pieces(), BATCH_CHARS["tokenizers" if self._fast is None else "gigatoken"])]
+        if not found:
+            return np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int64)
+        tokens = np.concatenate([ids for ids, _ in found])
+        first = np.cumsum([0, *number_of_pieces])[:-1]
+        lengths = np.add.reduceat(np.concatenate([sizes for _, sizes in found]), first)
         ended = np.full(len(tokens) + len(lengths), self._eos_id, dtype=np.int32)
-        ended[np.arange(len(tokens)) + np.repeat(np.arange(len(lengths)), lengths)] = tokens
+        is_token = np.ones(len(ended), dtype=np.bool_)
+        is_token[np.cumsum(lengths + 1) - 1] = False
+        ended[is_token] = tokens
         return ended, lengths + 1
 
     def _tokens(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        if not texts:
-            return np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int64)
         if self._fast is not None:
             import awkward
 
@@ -58,6 +77,30 @@ class Encoder:
             return np.asarray(awkward.flatten(found, axis=1)), np.asarray(awkward.num(found, axis=1))
         ids = [np.array(encoding.ids, dtype=np.int32) for encoding in self._slow.encode_batch_fast(texts, add_special_tokens=False)]
         return np.concatenate(ids), np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > PIECE_CHARS:
+        latest = start + PIECE_CHARS
+        line, word = text.rfind("\n", start + 1, latest) + 1, text.rfind(" ", start + 1, latest)
+        cut = line or (word if word > 0 else latest)
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+
+def _batches(pieces: Iterator[str], enough_chars: int) -> Iterator[list[str]]:
+    batch: list[str] = []
+    chars = 0
+    for piece in pieces:
+        batch.append(piece)
+        chars += len(piece)
+        if chars >= enough_chars:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
 
 
 def fastest(tokenizer: Tokenizer, sample: Sequence[str]) -> Engine:

@@ -17,10 +17,12 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 MAX_GAP_FRAC = 0.001
+BLOCK_TOKENS = 1 << 20  # moved to their rows at once: the indices of all would take ten times the memory of the tokens
 
 # Columns of `Rows.pieces`.
 ROW, COLUMN, DOCUMENT, OFFSET, LENGTH = range(5)
@@ -162,10 +164,14 @@ def _best_fit(lengths: list[int], width: int) -> list[list[int]]:
 def _laid(tokens: np.ndarray, begins: np.ndarray, pieces: np.ndarray, num_rows: int, width: int, eos_id: int) -> Rows:
     ids = np.full(num_rows * width, eos_id, dtype=tokens.dtype)
     lengths = pieces[:, LENGTH].astype(np.int64)
-    within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    there = np.repeat(pieces[:, ROW].astype(np.int64) * width + pieces[:, COLUMN], lengths) + within
-    here = np.repeat(begins[pieces[:, DOCUMENT]] + pieces[:, OFFSET], lengths) + within
-    ids[there] = tokens[here]
+    to = pieces[:, ROW].astype(np.int64) * width + pieces[:, COLUMN]
+    from_ = begins[pieces[:, DOCUMENT]] + pieces[:, OFFSET]
+    ends = np.cumsum(lengths)
+    blocks = np.searchsorted(ends, np.arange(0, int(ends[-1]) if len(ends) else 0, BLOCK_TOKENS))
+    for first, last in pairwise([*blocks.tolist(), len(pieces)]):
+        sizes = lengths[first:last]
+        within = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        ids[np.repeat(to[first:last], sizes) + within] = tokens[np.repeat(from_[first:last], sizes) + within]
     return Rows(ids.reshape(num_rows, width), pieces)
 
 

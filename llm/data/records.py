@@ -18,17 +18,23 @@ import pyarrow.parquet as pq
 import zstandard
 
 from llm.config import S3Section
+from llm.data.exact_file import ExactFile
 from llm.data.slices import Compression, Slice, SourceFile
-from llm.errors import DataError
-from llm.storage import open_storage, storage_errors
+from llm.storage import storage_errors
 
-MAX_LINE_BYTES = 64 << 20  # a longer line is a broken file: it is skipped without being held in memory
+# A longer line, or Parquet value, is a broken file: it is skipped without being held in memory. Parsing, cleaning and tokenizing hold up to
+# a dozen copies of one, of 4 bytes a character, and 100 bytes for each list where the JSON is nothing but brackets.
+MAX_LINE_BYTES = 16 << 20
+MAX_JSON_NODES = 1_000_000  # lists and objects in one line, or brackets in its text
+# A compressed stream that unpacks to more than so many times its size, by more than so many bytes, is a bomb: the rest of it is skipped.
+MAX_UNPACK_RATIO, MAX_UNPACK_EXCESS_BYTES = 200, 64 << 20
 COMPRESSED_TEXT_BYTES = 1 << 20  # a compressed text file that unpacks to more becomes several documents of about this size
 _CHUNK_BYTES = 4 << 20
 _TAIL_BYTES = 64 << 10  # read at a time beyond a slice's end, to finish its last line
-_BITE_BYTES = 1 << 10  # compressed bytes unpacked at a time: a bomb expands to at most 32 MiB of memory
+_BITE_BYTES = 1 << 9  # compressed bytes unpacked at a time: a bomb expands to at most 16 MiB of memory
+_UNPACKED_BYTES = 1 << 20  # of a compressed stream's text that are split into lines at once
 _MAX_WINDOW_BYTES = 128 << 20
-_PARQUET_BATCH_ROWS = 256
+_PARQUET_BATCH_ROWS, _PARQUET_BATCH_BYTES = 256, 8 << 20  # whichever is less
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +62,7 @@ class _Raw(NamedTuple):
 
 
 _TOO_LONG = f"a line of more than {MAX_LINE_BYTES >> 20} MiB"
+_TOO_LONG_VALUE = f"a value of more than {MAX_LINE_BYTES >> 20} MiB"
 
 
 class _DamagedError(Exception):
@@ -67,12 +74,13 @@ def read_slice(piece: Slice, text_field: str, s3: S3Section) -> Iterator[Documen
 
     Records, bad ones included, are numbered 0, 1, ... within the slice; blank lines are no records. With stripes only
     every `num_stripes`-th is parsed, but all are read. Where a file is damaged, what stands before the damage is
-    yielded, then one BadRecord for the rest. A text file is one document; a byte range of one, or each
-    COMPRESSED_TEXT_BYTES of a compressed one, is a document of whole lines. Memory: a few chunks of 4 MiB and the
-    longest line, or the row groups of a Parquet slice.
+    yielded, then one BadRecord for the rest; so with a compressed stream that is a bomb: once it has unpacked to
+    MAX_UNPACK_EXCESS_BYTES more than MAX_UNPACK_RATIO times its size, it is given up. A text file is one document; a
+    byte range of one, or each COMPRESSED_TEXT_BYTES of a compressed one, is a document of whole lines. Memory: a few
+    chunks of 4 MiB and the longest line, or the row groups of a Parquet slice.
 
-    Raises StorageError when a file cannot be opened or the connection is lost, DataError when its size changed since it
-    was listed.
+    Raises StorageError when a file cannot be opened or the connection stays lost, DataError when its size changed since
+    it was listed.
     """
     for number, raw in enumerate(raw for file in piece.files for raw in _read_file(file, piece, text_field, s3)):
         if number % piece.num_stripes == piece.stripe:
@@ -80,13 +88,7 @@ def read_slice(piece: Slice, text_field: str, s3: S3Section) -> Iterator[Documen
 
 
 def _read_file(file: SourceFile, piece: Slice, text_field: str, s3: S3Section) -> Iterator[_Raw]:
-    filesystem, path = open_storage(file.uri, s3)
-    with storage_errors(file.uri, s3), filesystem.open_input_file(path) as stream:
-        if (size := stream.size()) != file.size_bytes:
-            raise DataError(
-                f"{file.uri}: changed during the run: {file.size_bytes} bytes when listed, {size} now.\n"
-                "  Put the old file back, or start a run of another name on the new one."
-            )
+    with storage_errors(file.uri, s3), ExactFile(file.uri, file.size_bytes, s3) as stream:
         alone = len(piece.files) == 1
         if file.format == "parquet":
             groups = range(piece.start, piece.stop) if alone else range(len(file.row_group_bytes))
@@ -94,7 +96,7 @@ def _read_file(file: SourceFile, piece: Slice, text_field: str, s3: S3Section) -
         elif file.compression is not None:
             yield from _compressed_records(file, stream)
         else:
-            start, stop = (piece.start, piece.stop) if alone else (0, size)
+            start, stop = (piece.start, piece.stop) if alone else (0, file.size_bytes)
             lines = _lines_between(stream, start, stop)
             yield from _one_text(file, lines) if file.format == "text" else _json_lines(file, lines)
 
@@ -108,6 +110,8 @@ def _parse(raw: _Raw, text_field: str) -> Document | BadRecord:
         if isinstance(text, bytes):
             text = text.decode()
         if is_json:
+            if len(text) > MAX_JSON_NODES and text.count("[") + text.count("{") > MAX_JSON_NODES:
+                return BadRecord(uri, position, f"JSON of more than {MAX_JSON_NODES} lists and objects")
             record = json.loads(text.removeprefix("\ufeff"))
             if not isinstance(record, dict):
                 return BadRecord(uri, position, f"a JSON {type(record).__name__}, not an object")
@@ -146,7 +150,7 @@ def _json_lines(file: SourceFile, lines: Iterable[tuple[int, bytes | None]]) -> 
             yield _Raw(file.uri, position, line, is_json=True)
 
 
-def _compressed_records(file: SourceFile, stream: pa.NativeFile) -> Iterator[_Raw]:
+def _compressed_records(file: SourceFile, stream: ExactFile) -> Iterator[_Raw]:
     """JSONL: one record a line, at its number. Text: pieces of whole lines, each at its offset in the unpacked text."""
     assert file.compression is not None
     number, start, end = 0, 0, 0
@@ -155,7 +159,8 @@ def _compressed_records(file: SourceFile, stream: pa.NativeFile) -> Iterator[_Ra
     try:
         for number, (offset, line) in enumerate(_split_lines(_unpacked(stream, file.compression), 0), 1):
             if file.format == "jsonl":
-                yield from _json_lines(file, [(number, line)])
+                if line is None or not line.isspace():
+                    yield from _json_lines(file, [(number, line)])
                 continue
             if line is None:
                 bad = _TOO_LONG
@@ -173,18 +178,39 @@ def _compressed_records(file: SourceFile, stream: pa.NativeFile) -> Iterator[_Ra
         yield _Raw(file.uri, number + 1 if file.format == "jsonl" else end, None, bad=bad)
 
 
-def _unpacked(stream: pa.NativeFile, compression: Compression) -> Iterator[bytes]:
-    """Chunks of the unpacked stream, over all gzip members or zstd frames; raises _DamagedError after the last good.
-
-    Fed in small bites, because both libraries throw away what they unpacked from a bite that turns out damaged.
-    """
-    zstd = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
-    unpacker: Any = None
+def _unpacked(stream: ExactFile, compression: Compression) -> Iterator[bytes]:
+    """Chunks of the unpacked stream, over all gzip members or zstd frames; raises _DamagedError after the last good."""
     ready: list[bytes] = []
     ready_bytes = 0
+    damage: _DamagedError | None = None
+    bites = _unpacked_bites(stream, compression)
+    while damage is None:
+        try:
+            unpacked = next(bites, None)
+        except _DamagedError as error:
+            damage, unpacked = error, None
+        if unpacked is not None:
+            ready.append(unpacked)
+            ready_bytes += len(unpacked)
+        if unpacked is None or ready_bytes >= _UNPACKED_BYTES:
+            whole = b"".join(ready)
+            ready, ready_bytes = [], 0
+            for at in range(0, len(whole), _UNPACKED_BYTES):  # a bite of a bomb is larger
+                yield whole[at : at + _UNPACKED_BYTES]
+        if unpacked is None and damage is None:
+            return
+    raise damage
+
+
+def _unpacked_bites(stream: ExactFile, compression: Compression) -> Iterator[bytes]:
+    """Fed in small bites, because both libraries throw away what they unpacked from a bite that turns out damaged."""
+    zstd = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
+    unpacker: Any = None
+    excess_bytes = 0
     while chunk := stream.read(_CHUNK_BYTES):
         for at in range(0, len(chunk), _BITE_BYTES):
             bite = chunk[at : at + _BITE_BYTES]
+            excess_bytes = max(0, excess_bytes - MAX_UNPACK_RATIO * len(bite))
             while bite:
                 if unpacker is None:
                     bite = bite.lstrip(b"\0")  # archives are padded with zeros
@@ -192,22 +218,21 @@ def _unpacked(stream: pa.NativeFile, compression: Compression) -> Iterator[bytes
                         break
                     unpacker = zstd.decompressobj() if compression == "zstd" else zlib.decompressobj(wbits=31)
                 try:
-                    ready.append(unpacker.decompress(bite))
+                    unpacked = unpacker.decompress(bite)
                 except (zlib.error, zstandard.ZstdError) as error:
-                    yield b"".join(ready)
                     raise _DamagedError(f"damaged {compression} stream: {error}") from None
-                ready_bytes += len(ready[-1])
                 bite = unpacker.unused_data if unpacker.eof else b""
                 unpacker = None if unpacker.eof else unpacker
-            if ready_bytes >= 1 << 20:
-                yield b"".join(ready)
-                ready, ready_bytes = [], 0
-    yield b"".join(ready)
+                excess_bytes += len(unpacked)
+                if excess_bytes > MAX_UNPACK_EXCESS_BYTES:
+                    raise _DamagedError(f"a {compression} stream that unpacks to more than {MAX_UNPACK_RATIO} times its size: a bomb?")
+                if unpacked:
+                    yield unpacked
     if unpacker is not None:
         raise _DamagedError(f"truncated {compression} stream")
 
 
-def _lines_between(stream: pa.NativeFile, start: int, stop: int) -> Iterator[tuple[int, bytes | None]]:
+def _lines_between(stream: ExactFile, start: int, stop: int) -> Iterator[tuple[int, bytes | None]]:
     """(offset, line) of the lines that begin in bytes [start, stop), each at 0 or after a newline. None: too long."""
     position = max(start - 1, 0)
     chunks = _chunks(stream, position, stop)
@@ -224,7 +249,7 @@ def _lines_between(stream: pa.NativeFile, start: int, stop: int) -> Iterator[tup
     yield from _split_lines(chunks, position, stop)
 
 
-def _chunks(stream: pa.NativeFile, position: int, stop: int) -> Iterator[bytes]:
+def _chunks(stream: ExactFile, position: int, stop: int) -> Iterator[bytes]:
     stream.seek(position)
     while chunk := stream.read(min(_CHUNK_BYTES, stop - position) if position < stop else _TAIL_BYTES):
         position += len(chunk)
@@ -246,9 +271,9 @@ def _split_lines(chunks: Iterable[bytes], offset: int, stop: int | None = None) 
                 return
             line_bytes = held_bytes + len(line) + 1
             whole = b"".join([*held, line, b"\n"]) if line_bytes <= MAX_LINE_BYTES else None
+            held, held_bytes = [], 0  # before whoever asked makes copies of the line
             yield offset, whole
             offset += line_bytes
-            held, held_bytes = [], 0
         if not last:
             continue
         held.append(last)
@@ -261,19 +286,29 @@ def _split_lines(chunks: Iterable[bytes], offset: int, stop: int | None = None) 
         yield offset, b"".join(held) if held_bytes <= MAX_LINE_BYTES else None
 
 
-def _parquet_rows(file: SourceFile, stream: pa.NativeFile, groups: range, text_field: str) -> Iterator[_Raw]:
+def _parquet_rows(file: SourceFile, stream: ExactFile, groups: range, text_field: str) -> Iterator[_Raw]:
     row = 0
     try:
-        table = pq.ParquetFile(stream, pre_buffer=True)
+        table = pq.ParquetFile(stream.for_arrow, pre_buffer=True)
         row = sum(table.metadata.row_group(i).num_rows for i in range(groups.start))
-        for batch in table.iter_batches(_PARQUET_BATCH_ROWS, list(groups), [text_field], use_threads=False):
+        rows = sum(table.metadata.row_group(i).num_rows for i in groups)
+        row_bytes = sum(file.row_group_bytes[groups.start : groups.stop]) // max(rows, 1)
+        batch_rows = max(1, min(_PARQUET_BATCH_ROWS, _PARQUET_BATCH_BYTES // max(row_bytes, 1)))
+        for batch in table.iter_batches(batch_rows, list(groups), [text_field], use_threads=False):
+            short = batch.column(0).nbytes <= MAX_LINE_BYTES
             for scalar in batch.column(0):
-                yield _Raw(file.uri, row, scalar)
+                yield _Raw(file.uri, row, scalar, bad=None if short or _value_bytes(scalar) <= MAX_LINE_BYTES else _TOO_LONG_VALUE)
                 row += 1
     except (pa.ArrowException, OSError) as error:
         if is_io_error(error):
             raise
+        stream.check_size()
         yield _Raw(file.uri, row, None, bad=f"damaged Parquet file: {str(error).splitlines()[0]}")
+
+
+def _value_bytes(scalar: Any) -> int:
+    buffer = (scalar.value if isinstance(scalar, pa.DictionaryScalar) else scalar) if scalar.is_valid else None
+    return 0 if buffer is None else buffer.as_buffer().size
 
 
 def is_io_error(error: Exception) -> bool:

@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llm.config import S3Section, SourceSection
+from llm.data.exact_file import ExactFile
 from llm.data.records import is_io_error
 from llm.data.slices import Compression, Format, SourceFile
 from llm.errors import DataError, StorageError
 from llm.file_listing import find_files, nearest_uri
-from llm.storage import is_s3, open_storage, storage_errors
+from llm.storage import is_s3, storage_errors
 
 _FOOTER_THREADS = 16
 
@@ -79,14 +80,14 @@ def _kind(path: str) -> tuple[Format, Compression | None] | None:
 def _with_row_groups(file: SourceFile, text_field: str, s3: S3Section) -> SourceFile:
     if file.format != "parquet":
         return file
-    filesystem, path = open_storage(file.uri, s3)
-    with storage_errors(file.uri, s3), filesystem.open_input_file(path) as stream:
+    with storage_errors(file.uri, s3), ExactFile(file.uri, file.size_bytes, s3) as stream:
         try:
-            footer = pq.read_metadata(stream)
+            footer = pq.read_metadata(stream.for_arrow)
             schema = footer.schema.to_arrow_schema()
         except (pa.ArrowException, OSError) as error:
             if is_io_error(error):
                 raise
+            stream.check_size()
             why = str(error).splitlines()[0]
             raise DataError(f"{file.uri}: not a readable Parquet file: {why}. Write it again, or remove it.") from None
     texts = [field.name for field in schema if _is_text(field.type)]

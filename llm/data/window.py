@@ -27,7 +27,7 @@ from llm.data.records import BadRecord, Document, read_slice
 from llm.data.slices import Slice
 from llm.tokenizer import Tokenizer
 
-TOKENIZE_DOCUMENTS = 256  # documents given to the tokenizer at once: enough to amortize the call, little enough to bound memory
+TOKENIZE_DOCUMENTS, TOKENIZE_CHARS = 256, 4 << 20  # given to the tokenizer at once: enough to amortize the call, little enough for memory
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,8 @@ def _packed(recipe: Recipe, texts: _Texts, enough_tokens: int | None = None) -> 
     kind = narrowest(recipe.tokenizer.vocab_size)
     if not tokens:
         return no_rows(recipe.seq_len, kind)
-    return pack(np.concatenate(tokens).astype(kind), np.concatenate(lengths), recipe.seq_len, recipe.tokenizer.eos_id)
+    tokens[:] = [np.concatenate(tokens).astype(kind)]  # its parts are let go
+    return pack(tokens.pop(), np.concatenate(lengths), recipe.seq_len, recipe.tokenizer.eos_id)
 
 
 class _Texts:
@@ -159,7 +160,14 @@ class _Texts:
         self._texts = self._read(recipe, piece)
 
     def next_batch(self) -> list[str]:
-        return list(islice(self._texts, TOKENIZE_DOCUMENTS))
+        batch: list[str] = []
+        chars = 0
+        for text in islice(self._texts, TOKENIZE_DOCUMENTS):
+            batch.append(text)
+            chars += len(text)
+            if chars >= TOKENIZE_CHARS:
+                break
+        return batch
 
     def counts(self) -> Counter[str]:
         return Counter({"records": self._records, "bad": len(self.bad), **self._cleaner.counts})
@@ -171,6 +179,7 @@ class _Texts:
                 self.bad.append(record)
             elif text := self._cleaner.clean(record.text):
                 self.documents.append(_Place(record.uri, record.position))
+                del record  # and with it the text as it was
                 yield text
 
 

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import time
+import unicodedata
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.config import CleanSection
+from llm.data import clean as cleaning
 from llm.data.clean import Cleaner
 
 OFF = {"fix_unicode": False, "strip_control": False, "normalize_whitespace": False}
@@ -89,3 +93,21 @@ def test_text_seen_in_a_wrong_encoding_is_left_or_mended_never_broken(text: str)
     seen = text.encode().decode("latin-1")
     cleaned = clean(seen) or ""
     assert cleaned.encode().decode() == cleaned
+
+
+def test_long_runs_of_combining_marks_are_cut_in_linear_time() -> None:
+    text = "e" + "\u0323\u0301" * 100_000 + "x"
+    started_s = time.monotonic()
+    cleaned = clean(text)
+    assert time.monotonic() - started_s < 2  # sorting the run took half a minute
+    assert cleaned is not None and 25 <= len(cleaned) <= 32 and cleaned[-1] == "x" and clean(cleaned) == cleaned
+    within = "e" + "\u0301\u0323" * 15
+    assert clean(within) == unicodedata.normalize("NFC", within)
+
+
+def test_lines_are_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "a  \nbé Ã©  \n\n\n\n\n  c \n" * 20
+    whole = clean(text)
+    for block in (1, 7, 50):
+        monkeypatch.setattr(cleaning, "_BLOCK_CHARS", block)
+        assert clean(text) == whole

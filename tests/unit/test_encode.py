@@ -1,4 +1,4 @@
-"""The fast tokenizer is used where it gives the right ids, and only there."""
+"""The fast tokenizer is used where it gives the right ids, and only there; long texts are encoded in pieces, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -56,3 +56,29 @@ def test_a_node_without_the_fast_engine_gives_the_same_ids(monkeypatch) -> None:
     monkeypatch.setattr(encode, "_gigatoken", lambda given: None)
     assert fastest(tokenizer, TEXTS) == "tokenizers"
     np.testing.assert_array_equal(Encoder(tokenizer, "gigatoken").encode(TEXTS)[0], expected[0])
+
+
+PIECES_TOKENIZER = train_tokenizer(iter(["some words of text, and more of them: été 日本\n" * 50]), vocab_size=400)
+PIECES = ["", "short", "a line\n" * 40, "words " * 50, "x" * 333, "日本" * 99, "", " " * 200 + "end", "last"]
+
+
+@pytest.mark.parametrize("piece_chars", [1 << 17, 64, 7])
+@pytest.mark.parametrize("batch_chars", [1 << 17, 50, 1])
+def test_texts_come_back_whole_from_pieces_and_batches(piece_chars: int, batch_chars: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "PIECE_CHARS", piece_chars)
+    monkeypatch.setattr(encode, "BATCH_CHARS", {"gigatoken": batch_chars, "tokenizers": batch_chars})
+    ids, lengths = Encoder(PIECES_TOKENIZER, "tokenizers").encode(PIECES)
+    documents = np.split(ids, np.cumsum(lengths)[:-1])
+    assert all(document[-1] == PIECES_TOKENIZER.eos_id for document in documents) and lengths.sum() == len(ids)
+    assert [PIECES_TOKENIZER.build().decode(document[:-1].tolist()) for document in documents] == PIECES
+    fast_ids, fast_lengths = Encoder(PIECES_TOKENIZER, "gigatoken").encode(PIECES)
+    assert np.array_equal(ids, fast_ids) and np.array_equal(lengths, fast_lengths)
+    assert [len(each) for each in Encoder(PIECES_TOKENIZER, "tokenizers").encode([])] == [0, 0]
+
+
+def test_a_cut_at_a_line_or_word_changes_no_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "some words of text, and more of them: été 日本\n" * 50
+    whole, _ = Encoder(PIECES_TOKENIZER, "tokenizers").encode([text])
+    for piece_chars in (200, 30):
+        monkeypatch.setattr(encode, "PIECE_CHARS", piece_chars)
+        assert np.array_equal(Encoder(PIECES_TOKENIZER, "tokenizers").encode([text])[0], whole)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm.data import pack as packing
 from llm.data.pack import COLUMN, DOCUMENT, LENGTH, OFFSET, ROW, Rows, joined, no_rows, pack, refilled, shuffle_order
 
 EOS = 0
@@ -84,3 +85,11 @@ def test_taken_rows_keep_their_pieces():
 
 def test_no_rows_are_rows_too():
     assert len(no_rows(8)) == 0 and no_rows(8).segments().shape == (0, 9)
+
+
+@given(DOCUMENTS, st.integers(1, 12), st.integers(1, 30))
+def test_rows_are_the_same_in_blocks(documents, seq_len, block):
+    whole = packed(documents, seq_len)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "BLOCK_TOKENS", block)
+        assert np.array_equal(packed(documents, seq_len).ids, whole.ids)

@@ -301,6 +301,32 @@ def test_a_line_too_long_is_skipped(tmp_path: Path, name: str, monkeypatch: pyte
     assert len(bad(found)) == 1 and "MiB" in bad(found)[0]
 
 
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())])
+def test_a_parquet_value_too_long_is_skipped(tmp_path: Path, kind: pa.DataType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MAX_LINE_BYTES", 1000)
+    pq.write_table(pa.table({"text": pa.array(["a", None, "x" * 2000, "b"]).cast(kind)}), tmp_path / "a.parquet")
+    found = records(tmp_path)
+    assert [r.text for r in found if isinstance(r, Document)] == ["a", "b"]
+    assert ["null" in bad(found)[0], "a value of more than" in bad(found)[1]] == [True, True]
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_a_bomb_is_given_up(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MAX_UNPACK_EXCESS_BYTES", 1 << 20)
+    before = [os.urandom(500).hex() for _ in range(2000)]
+    (tmp_path / f"a.jsonl.{suffix}").write_bytes(compress(jsonl(before), suffix) + compress(jsonl(["x" * 99] * 100_000), suffix))
+    found = records(tmp_path)
+    assert [r.text for r in found[:2000] if isinstance(r, Document)] == before and len(found) < 50_000
+    assert len(bad(found)) == 1 and "a bomb" in bad(found)[0] and isinstance(found[-1], BadRecord)
+
+
+def test_json_of_nothing_but_brackets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MAX_JSON_NODES", 100)
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "x": [' + "[]," * 99 + '[]]}\n{"text": "b", "x": [' + "[]," * 90 + "[]]}\n")
+    found = records(tmp_path)
+    assert [r.text for r in found if isinstance(r, Document)] == ["b"] and bad(found) == ["JSON of more than 100 lists and objects"]
+
+
 def test_a_file_that_changed_since_it_was_listed(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one")
