@@ -16,9 +16,9 @@ from llm.tokenizer import TOKENIZER_JSON, Tokenizer
 
 Engine = Literal["gigatoken", "tokenizers"]
 
-# The tokenizers library takes 140 bytes a character. A longer text is cut, at the end of a line or word where there is one, into pieces
-# that are encoded by themselves: the ids beside a cut may be others.
-PIECE_CHARS = 1 << 20
+# The tokenizers library takes 140 bytes a character. A longer text is cut into pieces that are encoded by themselves: at the end
+# of a line, where that changes no id, else of a word.
+PIECE_CHARS, LINES_TRIED = 1 << 17, 1000
 BATCH_CHARS: dict[Engine, int] = {"gigatoken": 1 << 20, "tokenizers": 1 << 17}  # encoded at once, a piece more or less
 
 # What tokenizers get wrong first: special tokens spelt out, empty text, runs, marks that combine, scripts, emoji, controls, code.
@@ -82,12 +82,23 @@ class Encoder:
 def _pieces(text: str) -> Iterator[str]:
     start = 0
     while len(text) - start > PIECE_CHARS:
-        latest = start + PIECE_CHARS
-        line, word = text.rfind("\n", start + 1, latest) + 1, text.rfind(" ", start + 1, latest)
-        cut = line or (word if word > 0 else latest)
+        cut = _cut(text, start + 1, start + PIECE_CHARS)
         yield text[start:cut]
         start = cut
     yield text[start:]
+
+
+def _cut(text: str, first: int, latest: int) -> int:
+    """Before a line that is not indented, if there is one near: tokens do not span that place. Else before a word, else at the latest."""
+    line = latest
+    for _ in range(LINES_TRIED):
+        line = text.rfind("\n", first, line)
+        if line < 0:
+            break
+        if not text[line + 1].isspace() and not text[line - 1].isspace():
+            return line + 1
+    word = text.rfind(" ", first, latest)
+    return word if word > 0 else latest
 
 
 def _batches(pieces: Iterator[str], enough_chars: int) -> Iterator[list[str]]:

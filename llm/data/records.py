@@ -24,10 +24,10 @@ from llm.storage import storage_errors
 
 # A longer line, or Parquet value, is a broken file: it is skipped without being held in memory. Parsing, cleaning and tokenizing hold up to
 # a dozen copies of one, of 4 bytes a character, and 100 bytes for each list where the JSON is nothing but brackets.
-MAX_LINE_BYTES = 16 << 20
+MAX_LINE_BYTES = 4 << 20
 MAX_JSON_NODES = 1_000_000  # lists and objects in one line, or brackets in its text
 # A compressed stream that unpacks to more than so many times its size, by more than so many bytes, is a bomb: the rest of it is skipped.
-MAX_UNPACK_RATIO, MAX_UNPACK_EXCESS_BYTES = 200, 64 << 20
+MAX_UNPACK_RATIO, MAX_UNPACK_EXCESS_BYTES = 200, 32 << 20
 COMPRESSED_TEXT_BYTES = 1 << 20  # a compressed text file that unpacks to more becomes several documents of about this size
 _CHUNK_BYTES = 4 << 20
 _TAIL_BYTES = 64 << 10  # read at a time beyond a slice's end, to finish its last line
