@@ -113,10 +113,8 @@ def sequences(
     # Not ray.data.range: its numbers would be made by tasks, which take turns with tokenizing.
     numbers = ray.data.from_items([{"id": n} for n in range(num_windows)], override_num_blocks=num_windows)
     windows = numbers.map_batches(tokenize, batch_size=1, concurrency=windows_ahead, num_cpus=1)
-    groups = windows.repartition(target_num_rows_per_block=group_rows, strict=True)
-    if data_size == 1:
-        return groups
-    by_rank = groups.map_batches(partial(rank_major, group_rows, group, data_size), batch_size=group_rows)
+    # Ray makes one stage of these two, because blocks divide groups: its tasks are given whole groups, cut from one or more windows.
+    by_rank = windows.map_batches(partial(rank_major, group_rows, group, data_size), batch_size=group_rows)
     return by_rank.repartition(target_num_rows_per_block=group_rows // data_size, strict=True)
 
 

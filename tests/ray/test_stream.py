@@ -121,7 +121,7 @@ def test_a_batch_is_the_same_rows_for_every_data_size(stream_recipe, local_ray, 
 
 
 def test_late_tasks_and_dead_ones_change_nothing(stream_recipe, local_ray, tmp_path):
-    check(stream_recipe, Cursor(), 2, tmp_path, Unsteady(tmp_path, 0, deaths=3))
+    check(stream_recipe, Cursor(), 2, tmp_path, Unsteady(tmp_path, 2, deaths=3))  # with this seed each window that is needed has a death
     assert list(tmp_path.glob("died-*")), "no task died: the test shows nothing"
 
 
