@@ -47,7 +47,7 @@ MOST_BYTES_PER_TOKEN = 16
 
 # A block costs Ray 5 to 10 ms, in the task that makes it and in the one process that deals all blocks: with one a step and data rank, that
 # would be what limits small models. Large rows are not worth holding back for it.
-MAX_BATCHES_PER_GROUP = 16
+MAX_BATCHES_PER_GROUP = 64
 GROUP_BYTES = 8 << 20
 
 UNSAFE_RAY_DATA_SETTINGS = (

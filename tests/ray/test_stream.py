@@ -20,7 +20,7 @@ from llm.data.slices import Slice
 from llm.data.window import Packed, Recipe, make_slice, make_window
 from llm.train.prepare import prepare
 
-STEPS, BATCH_ROWS, TENSOR = 37, 8, 2  # more batches than a group holds, and no multiple of it
+STEPS, BATCH_ROWS, TENSOR = 83, 8, 2  # more batches than a group holds, and no multiple of it
 
 
 @pytest.fixture(scope="module")
