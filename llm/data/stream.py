@@ -17,7 +17,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ MOST_BYTES_PER_TOKEN = 16
 
 # A block costs Ray 5 to 10 ms, in the task that makes it and in the one process that deals all blocks: with one a step and data rank, that
 # would be what limits small models. Large rows are not worth holding back for it.
-MAX_BATCHES_PER_GROUP = 16
+MAX_BATCHES_PER_GROUP = 64
 GROUP_BYTES = 8 << 20
 
 FILLED = ("slices", "rows", "tokens", "records", "bad")
@@ -103,17 +103,15 @@ def sequences(
     shared = ray.put(recipe)
 
     def tokenize(batch: Any) -> Iterator[Any]:
-        held, cursor = ray.get(shared), start.read()
+        held, cursor = _held(shared), start.read()
         for number in batch["id"].tolist():
             yield from _window_block(held, cursor, number, quarantine, cache)
 
     # Not ray.data.range: its numbers would be made by tasks, which take turns with tokenizing.
     numbers = ray.data.from_items([{"id": n} for n in range(num_windows)], override_num_blocks=num_windows)
     windows = numbers.map_batches(tokenize, batch_size=1, compute=ray.data.TaskPoolStrategy(windows_ahead), num_cpus=1)
-    groups = windows.repartition(target_num_rows_per_block=group_rows, strict=True)
-    if data_size == 1:
-        return groups
-    by_rank = groups.map_batches(partial(rank_major, group_rows, group, data_size), batch_size=group_rows)
+    # Ray makes one stage of these two, because blocks divide groups: its tasks are given whole groups, cut from one or more windows.
+    by_rank = windows.map_batches(partial(rank_major, group_rows, group, data_size), batch_size=group_rows)
     return by_rank.repartition(target_num_rows_per_block=group_rows // data_size, strict=True)
 
 
@@ -124,7 +122,7 @@ def fill_cache(recipe: Recipe, cache: TokenCache, concurrency: int) -> dict[str,
     total = sum(plan.num_training)
 
     def fill(batch: Any) -> dict[str, list[int]]:
-        held, found = ray.get(shared), []
+        held, found = _held(shared), []
         for number in batch["id"].tolist():
             packed = cache.slice(held, held.plan.training_slice(number))
             counts = packed.counts["records"], packed.counts["bad"]
@@ -137,6 +135,12 @@ def fill_cache(recipe: Recipe, cache: TokenCache, concurrency: int) -> dict[str,
     for row in done.iter_rows():
         sums = {name: sums[name] + int(row[name]) for name in FILLED}
     return sums
+
+
+@lru_cache(maxsize=1)
+def _held(shared: Any) -> Recipe:
+    """The recipe, taken out of the object store once in a process: with millions of files that takes seconds."""
+    return ray.get(shared)
 
 
 def _safe_context() -> ray.data.DataContext:
