@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm.config import RunConfig
-from llm.data.identity import StreamIdentity
 from llm.data.order import Schedule
 from llm.data.pack import Rows
 from llm.tokenizer import Tokenizer
@@ -20,5 +19,4 @@ class Job:
     tokenizer: Tokenizer
     eval_rows: Rows  # held out of training; empty where eval.rows is 0
     schedule: Schedule  # of the mixture's stages
-    stream: StreamIdentity  # what the order of the stream follows from
     started_at_s: float  # Unix time at which the user's command began: start-up is counted from there

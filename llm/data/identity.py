@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,14 +18,6 @@ SHOWN_DIFFERENCES = 5
 
 
 @dataclass(frozen=True)
-class StreamIdentity:
-    """Fingerprints only: small enough for every checkpoint."""
-
-    corpus: str
-    tokenizer: str
-
-
-@dataclass(frozen=True)
 class Corpus:
     """All files of all sources: (uri, size_bytes, version) by source."""
 
@@ -35,9 +26,6 @@ class Corpus:
     @staticmethod
     def of(found: Mapping[str, Iterable[SourceFile]]) -> Corpus:
         return Corpus({name: tuple((f.uri, f.size_bytes, f.version) for f in files) for name, files in found.items()})
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()
 
 
 def write_stream(run_uri: str, corpus: Corpus, tokenizer: str, s3: S3Section) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from llm.config import RunConfig
 from llm.data.corpus import PlannedStream, evaluation_rows, plan_stream, with_builtin_corpus
-from llm.data.identity import StreamIdentity
 from llm.data.window import Recipe
 from llm.errors import ConfigError
 from llm.job import Job
@@ -42,9 +41,8 @@ def prepare(config: RunConfig, run_uri: str, started_at_s: float) -> Prepared:
     if problems:
         raise ConfigError("\n".join(message for _, message in problems))
     stream = plan_stream(config, tokenizer)
-    identity = StreamIdentity(stream.files.fingerprint(), tokenizer.fingerprint)
     rows = evaluation_rows(config, stream.recipe)
-    job = Job(config, run_uri, model, tokenizer, rows, stream.recipe.plan.schedule, identity, started_at_s)
+    job = Job(config, run_uri, model, tokenizer, rows, stream.recipe.plan.schedule, started_at_s)
     return Prepared(job, stream.recipe, stream)
 
 

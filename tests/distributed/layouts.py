@@ -178,14 +178,13 @@ def run_layout(config: RunConfig, model_config: dict[str, Any], seed: int = 0) -
 
 
 def make_job(config: RunConfig, model_config: dict[str, Any], run_uri: str = "/none") -> Any:
-    from llm.data.identity import StreamIdentity
     from llm.data.order import Schedule
     from llm.data.pack import no_rows
     from llm.job import Job
     from llm.tokenizer import Tokenizer
 
     tokenizer = Tokenizer("none", VOCAB, 0, "<eos>", {})
-    return Job(config, run_uri, model_config, tokenizer, no_rows(config.data.seq_len), Schedule(), StreamIdentity("", ""), 0.0)
+    return Job(config, run_uri, model_config, tokenizer, no_rows(config.data.seq_len), Schedule(), 0.0)
 
 
 def _train_rank(rank: int, world_size: int, config: RunConfig, model_config: dict[str, Any], seed: int) -> Result:
