@@ -4,7 +4,7 @@
     rank-00003.safetensors   fp32 weights and optimizer state that rank 3 owns, as 1-D fragments named `<parameter>|<key>`
     rank-00003.json          where each fragment belongs (RankIndex)
     state.json               step, tokens, cursor, layout, optimizer counters
-    MANIFEST.json            size and SHA-256 of every file above; written last: a folder without it is not a checkpoint
+    MANIFEST.json            every file above with the SHA-256 of its blocks (llm/checkpoint/manifest.py)
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass
-from typing import Any
 
-MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 WEIGHT = "weight"  # the key of a fragment that is a part of a parameter; other keys are the optimizer's own (exp_avg, ...)
 
@@ -88,8 +86,3 @@ def split_dim(part: tuple[int, ...], full: tuple[int, ...]) -> int | None:
     dims = [i for i, (a, b) in enumerate(zip(part, full, strict=True)) if a != b]
     assert len(dims) <= 1, f"{part} is not a split of {full}"
     return dims[0] if dims else None
-
-
-def manifest(files: dict[str, dict[str, Any]], step: int) -> str:
-    """`files`: {name: {"size_bytes", "sha256"}}."""
-    return json.dumps({"format": 1, "step": step, "files": dict(sorted(files.items()))}, indent=1)

@@ -14,6 +14,7 @@ from torch import Tensor
 from llm.checkpoint.fragments import Fragment, optimizer_state, owned_fragments, refresh_weights
 from llm.checkpoint.layout import STATE, WEIGHT, FragmentIndex, Layout, RankIndex, rank_files, step_folder
 from llm.checkpoint.newest import require_restorable
+from llm.checkpoint.published import Published
 from llm.checkpoint.save import RNG
 from llm.checkpoint.store import CheckpointStore
 from llm.checkpoint.together import together
@@ -47,16 +48,16 @@ def restore_checkpoint(engine: Engine, state: TrainState, layout: Layout, store:
 
     Raises CheckpointError where the checkpoint does not fit or a file is damaged, before any tensor is used.
     """
-    files = store.read_manifest(state.step)
-    raw = json.loads(store.read_verified(state.step, STATE, files))
+    published = store.open(state.step)
+    raw = json.loads(published.read(STATE))
     there = Layout(**raw["layout"])
     require_restorable(there, layout, state.step)
     offsets = None if there == layout else _tensor_offsets(engine)
 
     def read() -> _Saved:
         if offsets is None:
-            return _SameLayout(engine, store, state.step, files)
-        return _AnyLayout(offsets, store, state.step, files)
+            return _SameLayout(engine, published)
+        return _AnyLayout(offsets, store, published)
 
     saved = together(read, "read its part of the checkpoint")
     fused = any(group.get("fused") for group in engine.optimizer.param_groups)
@@ -81,11 +82,11 @@ def restore_checkpoint(engine: Engine, state: TrainState, layout: Layout, store:
 class _SameLayout:
     """This rank's own file."""
 
-    def __init__(self, engine: Engine, store: CheckpointStore, step: int, files: dict) -> None:
+    def __init__(self, engine: Engine, published: Published) -> None:
         # At stage 0 one tensor group wrote for all data ranks.
         rank = engine.mesh.rank if engine.stage else engine.mesh.tensor_rank
-        self._step = step
-        self._tensors, self._index = _read_rank(store, step, rank, files)
+        self._step = published.step
+        self._tensors, self._index = _read_rank(published, rank)
 
     def fragment(self, fragment: Fragment) -> dict[str, Tensor]:
         if self._index.fragments.get(fragment.name) != fragment.index:
@@ -107,15 +108,15 @@ class _AnyLayout:
     """Whole tensors, put together from all ranks' files, and cut to what this rank owns. Every rank reads all files and holds all of the
     model and its moments for a moment."""
 
-    def __init__(self, tensor_offsets: dict[str, int], store: CheckpointStore, step: int, files: dict) -> None:
-        self._step = step
-        self._whole = dict(read_full_tensors(store, step))
+    def __init__(self, tensor_offsets: dict[str, int], store: CheckpointStore, published: Published) -> None:
+        self._step = published.step
+        self._whole = dict(read_full_tensors(store, published.step))
         self._tensor_offsets = tensor_offsets
-        tensors, index = _read_rank(store, step, 0, files)
+        tensors, index = _read_rank(published, 0)
         self._rng = tensors[RNG]
         every = list(index.counters.values())
         if any(each != every[0] for each in every):
-            raise CheckpointError(f"checkpoint {step_folder(step)}: its parameter groups have done different numbers of updates.")
+            raise CheckpointError(f"checkpoint {step_folder(self._step)}: its parameter groups have done different numbers of updates.")
         self._counters = every[0] if every else {}
 
     def fragment(self, fragment: Fragment) -> dict[str, Tensor]:
@@ -169,11 +170,11 @@ def read_full_weights(store: CheckpointStore, step: int) -> Iterator[tuple[str, 
 
 def read_full_tensors(store: CheckpointStore, step: int, keys: tuple[str, ...] | None = None) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """(parameter name, its whole weight and moments by key) of a checkpoint, from all ranks' fragments; only `keys` where given."""
-    files = store.read_manifest(step)
+    published = store.open(step)
     parts: dict[tuple[str, str], dict[int, Tensor]] = {}
     about: dict[str, FragmentIndex] = {}
-    for rank in sorted(int(name[5:10]) for name in files if name.endswith(".safetensors")):
-        tensors, index = _read_rank(store, step, rank, files)
+    for rank in sorted(int(name[5:10]) for name in published.files if name.endswith(".safetensors")):
+        tensors, index = _read_rank(published, rank)
         for name, fragment in index.fragments.items():
             about[name] = fragment
             for key, piece in _with_prefix(tensors, name).items():
@@ -192,10 +193,10 @@ def read_full_tensors(store: CheckpointStore, step: int, keys: tuple[str, ...] |
     yield from whole.items()
 
 
-def _read_rank(store: CheckpointStore, step: int, rank: int, files: dict) -> tuple[dict[str, Tensor], RankIndex]:
+def _read_rank(published: Published, rank: int) -> tuple[dict[str, Tensor], RankIndex]:
     weights_name, index_name = rank_files(rank)
-    tensors = from_safetensors(store.read_verified(step, weights_name, files))
-    return tensors, RankIndex.from_json(store.read_verified(step, index_name, files))
+    tensors = from_safetensors(published.read(weights_name, published.entry(weights_name).size_bytes))
+    return tensors, RankIndex.from_json(published.read(index_name))
 
 
 def _with_prefix(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -2,50 +2,49 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from llm.checkpoint.fragments import optimizer_state, owned_fragments, tensors_of, undivided_state
-from llm.checkpoint.layout import STATE, Layout, RankIndex, manifest, rank_files
+from llm.checkpoint.layout import STATE, Layout, RankIndex, rank_files
+from llm.checkpoint.manifest import FileEntry
 from llm.checkpoint.store import CheckpointStore
-from llm.checkpoint.together import together
+from llm.checkpoint.together import gather_bytes, together
 from llm.parallel.zero import Engine
 from llm.state import TrainState
-from llm.storage import join, write_bytes
 
 RNG = "rng|torch"
-Fingerprint = dict[str, int | str]  # size_bytes, sha256
 
 
-def save_checkpoint(engine: Engine, state: TrainState, layout: Layout, store: CheckpointStore, keep: int) -> str:
+def save_checkpoint(engine: Engine, state: TrainState, layout: Layout, store: CheckpointStore, keep: int, keep_every: int = 0) -> str:
     """Saves and publishes the state after `state.step` steps; returns the checkpoint's URI. All ranks must call it.
 
     Raises CheckpointError on every rank when one of them could not write.
     """
-    rank = engine.mesh.rank
-    if rank == 0:
-        store.clear(state.step)
-    dist.barrier()
-    folder = store.writing(state.step)
-    written = _fingerprints_of_all(engine, together(lambda: _write_rank(engine, folder, store), "write its part of the checkpoint"))
-    uri = ""
-    if rank == 0:
-        data = _state_json(engine, state, layout)
-        write_bytes(join(folder, STATE), data, store.s3)
-        uri = store.publish(state.step, manifest({**written, STATE: _fingerprint(data)}, state.step))
-        store.prune(keep)
-    dist.barrier()
-    return uri
+    first = engine.mesh.rank == 0
+    folder = together(lambda: store.begin(state.step) if first else "", "begin the checkpoint")
+    folder = gather_bytes(folder.encode())[0].decode()
+    written = together(lambda: _write_rank(engine, folder, store), "write its part of the checkpoint")
+    rows = gather_bytes(json.dumps({name: entry.to_json() for name, entry in written.items()}).encode())
+    entries = {name: FileEntry.from_json(raw) for row in rows for name, raw in json.loads(row).items()}
+
+    def publish() -> str:
+        if not first:
+            return ""
+        entries[STATE] = store.write(folder, STATE, [_state_json(engine, state, layout)])
+        uri = store.publish(state.step, folder, entries)
+        store.prune(keep, keep_every)
+        return uri
+
+    return together(publish, "publish the checkpoint")
 
 
-def _write_rank(engine: Engine, folder: str, store: CheckpointStore) -> dict[str, Fingerprint]:
+def _write_rank(engine: Engine, folder: str, store: CheckpointStore) -> dict[str, FileEntry]:
     """Writes this rank's files; what they are, by name. At stage 0 all data ranks hold the same: the first tensor group writes."""
     if engine.stage == 0 and engine.mesh.rank >= engine.mesh.tensor_size:
         return {}
@@ -68,27 +67,7 @@ def _write_rank(engine: Engine, folder: str, store: CheckpointStore) -> dict[str
         weights_name: to_safetensors(tensors),
         index_name: RankIndex(engine.mesh.tensor_rank, index, counters).to_json().encode(),
     }
-    for name, data in contents.items():
-        write_bytes(join(folder, name), data, store.s3)
-    return {name: _fingerprint(data) for name, data in contents.items()}
-
-
-def _fingerprints_of_all(engine: Engine, mine: dict[str, Fingerprint]) -> dict[str, Fingerprint]:
-    """What every rank wrote, by file name, on every rank: as numbers, since objects would travel as pickle."""
-    row = torch.zeros((2, 8 + 32), dtype=torch.uint8)  # weights and index: size (8 bytes), SHA-256; a size of 0: wrote nothing
-    for i, name in enumerate(rank_files(engine.mesh.rank)):
-        if name in mine:
-            raw = int(mine[name]["size_bytes"]).to_bytes(8, "little") + bytes.fromhex(str(mine[name]["sha256"]))
-            row[i] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-    rows = [torch.empty_like(row) for _ in range(engine.mesh.world_size)]
-    dist.all_gather(rows, row)
-    found: dict[str, Fingerprint] = {}
-    for rank, told in enumerate(rows):
-        for name, values in zip(rank_files(rank), told, strict=True):
-            raw = bytes(values.tolist())
-            if size := int.from_bytes(raw[:8], "little"):
-                found[name] = {"size_bytes": size, "sha256": raw[8:].hex()}
-    return found
+    return {name: store.write(folder, name, [data]) for name, data in contents.items()}
 
 
 def _state_json(engine: Engine, state: TrainState, layout: Layout) -> bytes:
@@ -97,7 +76,3 @@ def _state_json(engine: Engine, state: TrainState, layout: Layout) -> bytes:
         {key: value for key, value in vars(scaler).items() if isinstance(value, int | float | bool)} if scaler is not None else {}
     )
     return json.dumps({"train": state.to_json(), "layout": asdict(layout), "loss_scaler": scale}, indent=1).encode()
-
-
-def _fingerprint(data: bytes) -> Fingerprint:
-    return {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

@@ -30,3 +30,16 @@ def together(act: Callable[[], T], what: str) -> T:
     if ranks := [rank for rank, flag in enumerate(flags) if int(flag)]:
         raise CheckpointError(f"rank {', '.join(map(str, ranks))} could not {what}; its own message says why.")
     return result  # pyright: ignore[reportReturnType]
+
+
+def gather_bytes(mine: bytes) -> list[bytes]:
+    """What every rank gave, by rank, on every rank: as numbers, since objects would travel as pickle. All ranks must call it."""
+    size = torch.tensor([len(mine)])
+    sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, size)
+    room = max(1, *(int(each) for each in sizes))
+    padded = torch.zeros(room, dtype=torch.uint8)
+    padded[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8) if mine else padded[:0]
+    rows = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(rows, padded)
+    return [row[: int(length)].numpy().tobytes() for row, length in zip(rows, sizes, strict=True)]
