@@ -29,6 +29,10 @@ class CheckpointError(HeadraceError):
     """A checkpoint that is missing, damaged or does not fit this run."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint whose bytes are not those that were saved, or that asks for what no checkpoint holds: an older one may do."""
+
+
 class StorageError(HeadraceError):
     """A folder or bucket that cannot be listed, read or written."""
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 READ_ATTEMPTS = 6
 FIRST_WAIT_S = 1.0  # doubled each time: up to 31 s of waiting in all, less by the jitter; a stall takes s3.request_timeout_s besides
+LONGEST_WAIT = 16  # in first waits
 
 T = TypeVar("T")
 _jitter = random.Random()  # its own, so that the program's other random numbers stay what they are
@@ -28,18 +29,21 @@ class ShortReadError(OSError):
     """Fewer bytes came than the file holds."""
 
 
-def patiently(attempt: Callable[[], T]) -> T:
-    """What `attempt` returns; called again, READ_ATTEMPTS times in all, after an error that may pass, with longer and longer random waits
-    between, so that many readers do not come back at once."""
-    for number in range(READ_ATTEMPTS):
+def patiently(attempt: Callable[[], T], may_pass: Callable[[Exception], bool] | None = None, attempts: int = READ_ATTEMPTS) -> T:
+    """What `attempt` returns; called again, `attempts` times in all, after an error that may pass, with longer and longer random waits
+    between (at most LONGEST_WAIT), so that many readers do not come back at once."""
+    may_pass = may_pass or _may_pass
+    for number in range(attempts):
         try:
             return attempt()
-        except (OSError, pa.ArrowException) as error:
-            if number + 1 >= READ_ATTEMPTS or not _may_pass(error):
+        except Exception as error:
+            if number + 1 >= attempts or not may_pass(error):
                 raise
-        time.sleep(FIRST_WAIT_S * 2**number * _jitter.uniform(0.5, 1))
-    raise AssertionError("READ_ATTEMPTS must be 1 or more")
+        time.sleep(FIRST_WAIT_S * min(2**number, LONGEST_WAIT) * _jitter.uniform(0.5, 1))
+    raise AssertionError("attempts must be 1 or more")
 
 
 def _may_pass(error: Exception) -> bool:
+    if not isinstance(error, OSError | pa.ArrowException):
+        return False
     return isinstance(error, ShortReadError) or getattr(error, "errno", None) in _PASSING or _MAY_PASS.search(str(error)) is not None

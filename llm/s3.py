@@ -98,8 +98,9 @@ def _check_reachable(endpoint: str, timeout_s: float) -> None:
             connection.close()
 
 
-def s3_client(s3: S3Section, patient: bool = True) -> Any:
-    """A boto3 client for `s3`. `patient=False` tries once, shortly: to learn why something failed."""
+def s3_client(s3: S3Section, patient: bool = True, attempts: int = S3_ATTEMPTS) -> Any:
+    """A boto3 client for `s3`, which tries each request `attempts` times. `patient=False` tries once, shortly: to learn why something
+    failed."""
     import boto3
     from botocore.config import Config
 
@@ -109,7 +110,7 @@ def s3_client(s3: S3Section, patient: bool = True) -> Any:
     config = Config(
         connect_timeout=s3.connect_timeout_s if patient else min(s3.connect_timeout_s, 5),
         read_timeout=s3.request_timeout_s if patient else min(s3.request_timeout_s, 10),
-        retries={"mode": "standard", "total_max_attempts": S3_ATTEMPTS if patient else 1},
+        retries={"mode": "standard", "total_max_attempts": attempts if patient else 1},
         s3={"addressing_style": "path" if endpoint else "auto"},  # a name before a private host rarely resolves
     )
     region = s3.region or os.environ.get("AWS_REGION") or ("us-east-1" if endpoint else None)

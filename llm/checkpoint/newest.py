@@ -15,7 +15,7 @@ def read_state(store: CheckpointStore) -> tuple[TrainState, Layout] | None:
     steps = store.steps()
     if not steps:
         return None
-    raw = json.loads(store.read_verified(steps[0], STATE, store.read_manifest(steps[0])))
+    raw = json.loads(store.open(steps[0]).read(STATE))
     return TrainState.from_json(raw["train"]), Layout(**raw["layout"])
 
 
