@@ -17,7 +17,7 @@ from llm.errors import DamagedCheckpointError
 
 
 def digest(published: Published) -> str:
-    """SHA-256, as 64 hexadecimal digits, over the ledger, and over the whole tensors (weights, frozen ones too, moments, persistent buffers)
+    """SHA-256, as 64 hexadecimal digits, over the ledger and the whole tensors (weights, frozen ones too, moments, persistent buffers)
     in the order of their names, each with its name, kind, shape, type and the optimizer's counters. Verifies all that it reads; holds the
     largest tensor, or some hundred MB of small ones.
 
@@ -30,7 +30,7 @@ def digest(published: Published) -> str:
         counters = {counter: float(value) for counter, value in saved.counters.items()}
         about = [name, key, saved.kind, saved.dtype, saved.shape, counters]
         total.update(json.dumps(about, sort_keys=True).encode() + b"\n")
-        total.update(memoryview(whole.view(-1).view(torch.uint8).numpy()))
+        total.update(whole.view(-1).view(torch.uint8).numpy().data)
     _add_undivided(total, published, index)
     return total.hexdigest()
 

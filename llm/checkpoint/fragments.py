@@ -5,7 +5,7 @@ parameter's `_hp_mapping` names this rank's piece. Stage 3 keeps each parameter'
 them the optimizer's state is keyed by the flat tensor, so a piece of state lies at the same place as the piece of the weight. Frozen
 parameters are in no optimizer: stages 0 to 2 keep them whole, stage 3 in pieces (`ds_tensor`). Buffers are whole everywhere.
 
-What several ranks hold alike (`copies`) is saved by one of them: copy n mod `copies` for the n-th tensor, so that all have as much to write.
+What several ranks hold alike (`copies`) is saved by one of them: copy n mod `copies` for the model's n-th tensor, so that all write alike.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from llm.checkpoint.dtypes import DTYPES
 from llm.checkpoint.index import WEIGHT, Counters
 from llm.errors import CheckpointError
+from llm.parallel.mesh import Mesh
 from llm.parallel.zero import Engine
 
 
@@ -30,10 +31,11 @@ class Fragment:
     [part_offset, part_offset + part_size) of dimension `split_dim` (0, 1 where it is not split).
 
     `weight`: the live values, 1-D. `flat`: the tensor that `optimizer` keys its state by, in which the fragment begins at `flat_start`
-    (None: not trained); `group` is its number. Writing into the views changes the engine.
+    (None: not trained); `group` is its number. `number`: of the tensor in the model. Writing into the views changes the engine.
     """
 
     name: str
+    number: int
     kind: str
     shape: tuple[int, ...]
     split_dim: int | None
@@ -51,6 +53,12 @@ class Fragment:
     @property
     def numel(self) -> int:
         return self.weight.numel()
+
+    @property
+    def is_saved_here(self) -> bool:
+        """Whether of all ranks that hold it this one saves it. Tensor ranks may cut what they hold alike in pieces at other places, since
+        their flat groups differ in size: so the tensor decides which of them, not the piece."""
+        return self.number % self.copies == self.copy
 
     def values(self) -> dict[str, Tensor]:
         """Views of everything that the rank owns of this fragment, by key: the weight and each moment."""
@@ -118,6 +126,7 @@ class Ownership:
             trained = parameter.requires_grad
             about: dict[str, Any] = {
                 "name": name,
+                "number": number,
                 "kind": "trained" if trained else "frozen",
                 "shape": shape,
                 "split_dim": dim,
@@ -156,18 +165,12 @@ class Ownership:
         return Fragment(**about, start=start, weight=weight, flat=flat, flat_start=flat_start, group=group, optimizer=optimizer)
 
     def _buffers(self) -> Iterator[Fragment]:
+        alike = _copies(self._engine.mesh, alike_over_data=True, alike_over_tensor=True)
         for number, (name, buffer) in enumerate(_persistent_buffers(self._engine.module)):
             if buffer.dtype not in DTYPES:
                 raise CheckpointError(f"the buffer {name} is of type {buffer.dtype}, which checkpoints do not hold.")
-            alike = _copies(self._engine.mesh, alike_over_data=True, alike_over_tensor=True)
-            about = {"name": name, "kind": "buffer", "shape": tuple(buffer.shape), "split_dim": None, "part_offset": 0, "part_size": 1}
             if buffer.numel():
-                yield Fragment(**about, **alike, start=0, weight=buffer.data.view(-1), group=number)
-
-
-def writes(fragment: Fragment, number: int) -> bool:
-    """Whether this rank is the one that saves its fragment, the `number`-th of the model, of which others may hold copies."""
-    return number % fragment.copies == fragment.copy
+                yield Fragment(name, number, "buffer", tuple(buffer.shape), None, 0, 1, 0, buffer.data.view(-1), **alike)
 
 
 @torch.no_grad()
@@ -198,7 +201,7 @@ def refresh_weights(engine: Engine) -> None:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
-def _copies(mesh: Any, *, alike_over_data: bool, alike_over_tensor: bool) -> dict[str, int]:
+def _copies(mesh: Mesh, *, alike_over_data: bool, alike_over_tensor: bool) -> dict[str, Any]:
     copy, copies = (mesh.tensor_rank, mesh.tensor_size) if alike_over_tensor else (0, 1)
     if alike_over_data:
         copy, copies = copy + copies * mesh.data_rank, copies * mesh.data_size

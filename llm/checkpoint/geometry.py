@@ -2,7 +2,7 @@
 
 A parameter that tensor ranks split along dimension d is seen as `lines` x `columns`: a line for each index of the dimensions before d, and
 all of d and the dimensions after it in the columns. A part then is a band of columns in every line, whatever d is, and a flat range of a
-part is at most three boxes: the rest of its first line, whole lines, the beginning of its last line. Boxes of two layouts intersect in boxes.
+part is at most three boxes: the rest of its first line, whole lines, the beginning of its last. Boxes of two layouts intersect in boxes.
 """
 
 from __future__ import annotations

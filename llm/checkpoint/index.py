@@ -1,6 +1,6 @@
 """index.json: which bytes of which file are which elements of which tensor. Pure; nothing in it is believed before it is checked.
 
-One file for the whole checkpoint, written by rank 0 from what the ranks tell it: 512 ranks that restore read it once each, and not 512 files
+One file for the whole checkpoint, written by rank 0 from what the ranks tell it: 512 ranks that restore read it once each, not 512 files
 each. Numbers only, one row a piece: 350,000 pieces (70 B parameters at ZeRO 3 on 512 ranks) are about 20 MB.
 """
 

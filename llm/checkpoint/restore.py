@@ -4,14 +4,15 @@ Each rank computes which bytes hold what it owns, and reads and verifies the blo
 into the engine. No step is taken before every rank has all of its own: where one finds damage, all go on to the checkpoint before it
 together, which overwrites everything.
 
-The random state of a rank is that of the same rank when the layout is the same. In another layout, rank (data rank d, tensor rank t) gets the
-one of data rank d mod the saved data size, tensor rank 0, so that the ranks of a tensor group draw alike: a model with dropout then goes on
+The random state of a rank is that of the same rank when the layout is the same. In another layout, data rank d, tensor rank t gets the one
+of data rank d mod the saved data size, tensor rank 0, so that the ranks of a tensor group draw alike: a model with dropout then goes on
 with other draws than undisturbed, one without is not touched by it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -38,32 +39,44 @@ def restore_newest(
     """Restores the newest checkpoint of at most `at_most` steps that is whole, and returns its state. All ranks must call it; where they
     say different numbers, the least counts.
 
-    Damaged ones are set aside on the way: `tell(step, why, where it is now)` on rank 0. Raises CheckpointError where no whole one is left: a
-    run that lost all its checkpoints must not begin anew unasked.
+    Damaged ones are set aside on the way: `tell(step, why, where it is now)` on rank 0. Raises CheckpointError where no whole one is left:
+    a run that lost all its checkpoints must not begin anew unasked.
     """
     ownership = Ownership(engine)
     least = torch.tensor([at_most])
     dist.all_reduce(least, op=dist.ReduceOp.MIN)
     first_damage = ""
-    while True:
-        steps = together(store.steps, "list the checkpoints")
-        step = int(bytes_of_first(str(max((step for step in steps if step <= int(least)), default=-1)).encode()))
-        together(lambda: _require_seen(store, step, steps), "see the checkpoints")
-        if step < 0:
-            raise CheckpointError(f"{store.uri} holds no whole checkpoint of at most {int(least)} steps. {first_damage}".strip())
+    while (step := _newest_step(store, int(least))) is not None:
         try:
             return restore_checkpoint(engine, step, layout, store, ownership)
         except DamagedCheckpointError as error:
             first_damage = first_damage or str(error)
-            aside = together(lambda: store.set_aside(step) if engine.mesh.rank == 0 else "", "set the damaged checkpoint aside")
+            set_aside = partial(store.set_aside, step)
+            aside = together(lambda act=set_aside: act() if engine.mesh.rank == 0 else "", "set the damaged checkpoint aside")
             if engine.mesh.rank == 0:
                 tell(step, str(error), aside)
+    raise CheckpointError(f"{store.uri} holds no whole checkpoint of at most {int(least)} steps. {first_damage}".strip())
+
+
+def _newest_step(store: CheckpointStore, at_most: int) -> int | None:
+    """What rank 0 sees, and every rank must see too: a folder that a node does not have is no damage."""
+    steps = together(store.steps, "list the checkpoints")
+    step = int(bytes_of_first(str(max((step for step in steps if step <= at_most), default=-1)).encode()))
+
+    def require_seen() -> None:
+        if step >= 0 and step not in steps:
+            raise CheckpointError(
+                f"{store.uri} has no {step_folder(step)} here, and rank 0 sees one. All nodes must share the run's folder."
+            )
+
+    together(require_seen, "see the checkpoints")
+    return step if step >= 0 else None
 
 
 @torch.no_grad()
 def restore_checkpoint(engine: Engine, step: int, layout: Layout, store: CheckpointStore, ownership: Ownership | None = None) -> TrainState:
-    """Puts weights, optimizer state, counters, loss scale and the random state of `step` back; returns the run's state there. All ranks must
-    call it. `layout`: the engine's.
+    """Puts weights, optimizer state, counters, loss scale and the random state of `step` back; returns the run's state there. All ranks
+    must call it. `layout`: the engine's.
 
     Raises on every rank, DamagedCheckpointError where bytes are not those that were saved, CheckpointError where the checkpoint is of
     another model or kind of run. The engine is not to be used then before another checkpoint was restored.
@@ -91,12 +104,6 @@ def restore_checkpoint(engine: Engine, step: int, layout: Layout, store: Checkpo
     _put_scale(engine, scale)
     engine.deepspeed.global_steps = state.step
     return state
-
-
-def _require_seen(store: CheckpointStore, step: int, steps: list[int]) -> None:
-    """A folder that this node does not have is no damage."""
-    if step >= 0 and step not in steps:
-        raise CheckpointError(f"{store.uri} has no {step_folder(step)} here, and rank 0 sees one. All nodes must share the run's folder.")
 
 
 def _read_state(published: Published) -> tuple[TrainState, Layout, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Saves checkpoints while training goes on.
 
 Weights and moments change in the optimizer's update only. So `save` returns at once, a thread copies them to host memory while the next
-forward and backward passes run, and only the next update waits for the copy (`wait_snapshot`). The thread then writes, hashes and publishes.
+forward and backward passes run, and only the next update waits for the copy (`wait_snapshot`). The thread then writes, hashes, publishes.
 A save that comes while the last one is being written waits for it: dropping one would make what is saved depend on the disk's speed, and
 memory holds one snapshot. The ranks' threads agree over a process group of their own: collectives of two threads on one would mix.
 

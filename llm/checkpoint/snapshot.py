@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llm.checkpoint.dtypes import DTYPES, TORCH_TYPES
-from llm.checkpoint.fragments import Ownership, writes
+from llm.checkpoint.fragments import Ownership
 from llm.checkpoint.index import ITEM_BYTES, WEIGHT, Piece, SavedTensor, Undivided, told
 from llm.checkpoint.manifest import BLOCK_BYTES
 from llm.parallel.zero import Engine
@@ -47,17 +47,17 @@ def plan_snapshot(engine: Engine, ownership: Ownership) -> Plan:
         rng["cuda"] = torch.cuda.get_rng_state(engine.device)
     items: list[_Item] = [_Item(f"rng|{name}", "U8", state) for name, state in rng.items()]
     mine, undivided = [], {}
-    for number, fragment in enumerate(ownership.fragments()):
+    for fragment in ownership.fragments():
         for key, value in fragment.undivided().items():
             undivided[f"group-{fragment.group}|{key}"] = (fragment.group, key, value)
-        if writes(fragment, number):
+        if fragment.is_saved_here:
             values = fragment.values()
             mine.append((fragment, tuple(values)))
             dtype = DTYPES[fragment.weight.dtype] if fragment.kind == "buffer" else "F32"
             items += [_Item(f"{fragment.name}|{key}", dtype, value) for key, value in values.items()]
     items += [_Item(name, "F32", value) for name, (_, _, value) in undivided.items()]
-    # The largest items first, so that all are aligned without gaps, which the format does not allow; the weights before the moments, so that
-    # an export reads a third of the file.
+    # The largest items first, so that all are aligned without gaps, which the format does not allow; weights before moments, so that an
+    # export reads a third of the file.
     items.sort(key=lambda item: (-ITEM_BYTES[item.dtype], not item.name.endswith(f"|{WEIGHT}")))
     sources, at, ranges = [], 0, {}
     for item in items:
@@ -130,7 +130,7 @@ class HostBuffer:
     def chunks(self, plan: Plan) -> Iterator[memoryview]:
         """The file's bytes, in pieces of at most a block."""
         yield memoryview(plan.header)
-        data = memoryview(self._held.numpy())[: plan.num_bytes]
+        data = self._held.numpy().data[: plan.num_bytes]
         for begin in range(0, plan.num_bytes, BLOCK_BYTES):
             yield data[begin : begin + BLOCK_BYTES]
 
