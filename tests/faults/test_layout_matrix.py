@@ -17,8 +17,8 @@ TOLERANCE = 1e-4  # of a loss: fp32 sums in another order
 
 
 def compare(folder: Path, sources: list[Layout], targets: list[Layout]) -> float:
-    """Saves once in each of `sources` while training goes on, restores all of them in each of `targets`. Returns the largest difference of a
-    loss to the undisturbed run's."""
+    """Saves once in each of `sources` while training goes on, restores all of them in each of `targets`. Returns the largest difference of
+    a loss to the undisturbed run's."""
     undisturbed: dict[Layout, list[float]] = {}
     for source in sources:
         config = layout_config(source, SAVED_AT + GOES_ON)
