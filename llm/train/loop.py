@@ -17,6 +17,7 @@ from llm.checkpoint.layout import Layout
 from llm.checkpoint.restore import restore_checkpoint
 from llm.checkpoint.save import save_checkpoint
 from llm.checkpoint.store import CheckpointStore
+from llm.config import CheckpointSection
 from llm.data.batches import Batch, BatchFetcher, DataGroups, Reader
 from llm.data.ledger import advanced
 from llm.errors import ConfigError
@@ -153,13 +154,13 @@ def _train_and_save(
             evaluated_step = state.step
         if _due(config.checkpoint.every_steps, state.step):
             recorder.flush()
-            _save(engine, recorder, store, layout, state, config.checkpoint.keep)
+            _save(engine, recorder, store, layout, state, config.checkpoint)
             saved_step = state.step
     recorder.flush()
     if evaluated_step < state.step:
         _evaluate(job, engine, recorder, state.step)
     if saved_step < state.step:
-        _save(engine, recorder, store, layout, state, config.checkpoint.keep)
+        _save(engine, recorder, store, layout, state, config.checkpoint)
     if config.export.enabled:
         _export(job, engine, recorder, store, state)
     recorder.event("data", **{name: state.counts.get(name, 0) for name in COUNTED})
@@ -184,9 +185,11 @@ def _evaluate(job: Job, engine: Engine, recorder: Recorder, step: int) -> None:
     recorder.evaluation(step, loss, tokens)
 
 
-def _save(engine: Engine, recorder: Recorder, store: CheckpointStore, layout: Layout, state: TrainState, keep: int) -> None:
+def _save(
+    engine: Engine, recorder: Recorder, store: CheckpointStore, layout: Layout, state: TrainState, section: CheckpointSection
+) -> None:
     began_s = time.perf_counter()
-    uri = save_checkpoint(engine, state, layout, store, keep)
+    uri = save_checkpoint(engine, state, layout, store, section.keep, section.keep_every)
     recorder.event("checkpoint", step=state.step, path=uri, took_s=round(time.perf_counter() - began_s, 3))
 
 
