@@ -1,204 +1,216 @@
-"""Reads a checkpoint back into an engine: of the same layout, each rank its own file; of another one, assembled from all of them."""
+"""Puts a checkpoint back into an engine of any layout, or an older one where it is damaged.
+
+Each rank computes which bytes hold what it owns, and reads and verifies the blocks that these lie in (`llm/checkpoint/read.py`), straight
+into the engine. No step is taken before every rank has all of its own: where one finds damage, all go on to the checkpoint before it
+together, which overwrites everything.
+
+The random state of a rank is that of the same rank when the layout is the same. In another layout, data rank d, tensor rank t gets the one
+of data rank d mod the saved data size, tensor rank 0, so that the ranks of a tensor group draw alike: a model with dropout then goes on
+with other draws than undisturbed, one without is not touched by it.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable
+from functools import partial
+from math import prod
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load as from_safetensors
-from torch import Tensor
 
-from llm.checkpoint.fragments import Fragment, optimizer_state, owned_fragments, refresh_weights
-from llm.checkpoint.layout import STATE, WEIGHT, FragmentIndex, Layout, RankIndex, rank_files, step_folder
+from llm.checkpoint.fragments import Fragment, Ownership, refresh_weights
+from llm.checkpoint.index import ITEM_BYTES, WEIGHT, Counters, Index
+from llm.checkpoint.layout import STATE, Layout, rank_file, step_folder
 from llm.checkpoint.newest import require_restorable
 from llm.checkpoint.published import Published
-from llm.checkpoint.save import RNG
+from llm.checkpoint.read import Target, fill, read_index
 from llm.checkpoint.store import CheckpointStore
-from llm.checkpoint.together import together
-from llm.errors import CheckpointError
+from llm.checkpoint.strict_json import strict_json
+from llm.checkpoint.together import bytes_of_first, together
+from llm.errors import CheckpointError, DamagedCheckpointError
 from llm.parallel.zero import Engine
 from llm.state import TrainState
 
-Counters = dict[str, int | float]
+
+def restore_newest(
+    engine: Engine, at_most: int, layout: Layout, store: CheckpointStore, tell: Callable[[int, str, str], None]
+) -> TrainState:
+    """Restores the newest checkpoint of at most `at_most` steps that is whole, and returns its state. All ranks must call it; where they
+    say different numbers, the least counts.
+
+    Damaged ones are set aside on the way: `tell(step, why, where it is now)` on rank 0. Raises CheckpointError where no whole one is left:
+    a run that lost all its checkpoints must not begin anew unasked.
+    """
+    ownership = Ownership(engine)
+    least = torch.tensor([at_most])
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    first_damage = ""
+    while (step := _newest_step(store, int(least))) is not None:
+        try:
+            return restore_checkpoint(engine, step, layout, store, ownership)
+        except DamagedCheckpointError as error:
+            first_damage = first_damage or str(error)
+            set_aside = partial(store.set_aside, step)
+            aside = together(lambda act=set_aside: act() if engine.mesh.rank == 0 else "", "set the damaged checkpoint aside")
+            if engine.mesh.rank == 0:
+                tell(step, str(error), aside)
+    raise CheckpointError(f"{store.uri} holds no whole checkpoint of at most {int(least)} steps. {first_damage}".strip())
 
 
-class _Saved(Protocol):
-    """What a checkpoint holds for one rank of the engine that it is restored into."""
+def _newest_step(store: CheckpointStore, at_most: int) -> int | None:
+    """What rank 0 sees, and every rank must see too: a folder that a node does not have is no damage."""
+    steps = together(store.steps, "list the checkpoints")
+    step = int(bytes_of_first(str(max((step for step in steps if step <= at_most), default=-1)).encode()))
 
-    def fragment(self, fragment: Fragment) -> dict[str, Tensor]:
-        """The fragment's weight and moments, 1-D fp32, by key."""
-        ...
+    def require_seen() -> None:
+        if step >= 0 and step not in steps:
+            raise CheckpointError(
+                f"{store.uri} has no {step_folder(step)} here, and rank 0 sees one. All nodes must share the run's folder."
+            )
 
-    def undivided(self, group: int) -> dict[str, Tensor]:
-        """State of a flat group that is not laid out as the group is."""
-        ...
-
-    def counters(self, group: int) -> Counters: ...
-
-    @property
-    def rng(self) -> Tensor: ...
+    together(require_seen, "see the checkpoints")
+    return step if step >= 0 else None
 
 
 @torch.no_grad()
-def restore_checkpoint(engine: Engine, state: TrainState, layout: Layout, store: CheckpointStore) -> None:
-    """Puts weights, optimizer state, counters, loss scale and the random state of `state.step` back. All ranks must call it.
+def restore_checkpoint(engine: Engine, step: int, layout: Layout, store: CheckpointStore, ownership: Ownership | None = None) -> TrainState:
+    """Puts weights, optimizer state, counters, loss scale and the random state of `step` back; returns the run's state there. All ranks
+    must call it. `layout`: the engine's.
 
-    Raises CheckpointError where the checkpoint does not fit or a file is damaged, before any tensor is used.
+    Raises on every rank, DamagedCheckpointError where bytes are not those that were saved, CheckpointError where the checkpoint is of
+    another model or kind of run. The engine is not to be used then before another checkpoint was restored.
     """
-    published = store.open(state.step)
-    raw = json.loads(published.read(STATE))
-    there = Layout(**raw["layout"])
-    require_restorable(there, layout, state.step)
-    offsets = None if there == layout else _tensor_offsets(engine)
+    ownership = ownership or Ownership(engine)
 
-    def read() -> _Saved:
-        if offsets is None:
-            return _SameLayout(engine, published)
-        return _AnyLayout(offsets, store, published)
+    def read() -> tuple[Published, Index, TrainState, Layout, dict[str, Any]]:
+        published = store.open(step)
+        state, there, scale = _read_state(published)
+        return published, read_index(published), state, there, scale
 
-    saved = together(read, "read its part of the checkpoint")
-    fused = any(group.get("fused") for group in engine.optimizer.param_groups)
-    for fragment in owned_fragments(engine):
-        entry = optimizer_state(engine, fragment)
-        for key, value in saved.counters(fragment.group).items():
-            # As the optimizer made it: a Python number, or a tensor, which fused kernels want on the weights' device.
-            entry[key] = value if isinstance(value, int) else torch.tensor(value, device=fragment.flat.device if fused else "cpu")
-        for key, value in saved.undivided(fragment.group).items():
-            entry[key] = value.to(fragment.flat.device)
-        for key, value in saved.fragment(fragment).items():
+    published, index, state, there, scale = together(read, f"read {step_folder(step)}")
+    require_restorable(there, layout, step)
+    fragments = ownership.fragments()
+    together(lambda: _require_same_model(index, fragments, step), f"use {step_folder(step)}")
+
+    def put_back() -> None:
+        fill(published, index, [target for fragment in fragments for target in _targets(index, fragment)])
+        _put_undivided(published, index, fragments, engine.mesh.rank)
+        _put_counters(index, fragments, step)
+        _put_rng(engine, published, index, there, layout)
+
+    together(put_back, f"read its part of {step_folder(step)}")
+    refresh_weights(engine)
+    _put_scale(engine, scale)
+    engine.deepspeed.global_steps = state.step
+    return state
+
+
+def _read_state(published: Published) -> tuple[TrainState, Layout, dict[str, Any]]:
+    raw = strict_json(published.read(STATE), STATE)
+    try:
+        scale = raw["loss_scaler"]
+        if not all(isinstance(value, int | float) for value in scale.values()):
+            raise TypeError("loss_scaler holds what is no number")
+        return TrainState.from_json(raw["train"]), Layout(**raw["layout"]), scale
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise DamagedCheckpointError(f"{STATE} of {published.uri} is wrong: {type(error).__name__}: {error}") from None
+
+
+def _require_same_model(index: Index, fragments: list[Fragment], step: int) -> None:
+    """Every tensor that the rank owns is there, of the same shape and trained or not as here. What is there and not here is somebody's:
+    the other way around would be silent."""
+    for fragment in fragments:
+        saved = index.tensors.get(fragment.name)
+        if saved is None or saved.shape != fragment.shape:
+            raise CheckpointError(
+                f"checkpoint {step_folder(step)} was saved from another model: it has "
+                f"{'no' if saved is None else f'a {saved.shape}'} {fragment.name}, and here it is {fragment.shape}."
+            )
+        if saved.kind != fragment.kind:
+            raise CheckpointError(
+                f"checkpoint {step_folder(step)} was saved from a run in which {fragment.name} is {saved.kind}, and here it is "
+                f"{fragment.kind}. Set back what is trained, or choose another run.name."
+            )
+
+
+def _targets(index: Index, fragment: Fragment) -> list[Target]:
+    """What to read of a fragment. Makes the optimizer's state where it has none yet; a moment that was not saved, since its parameter never
+    had a gradient, begins at zero."""
+    saved = index.tensors[fragment.name]
+    if fragment.flat is not None:
+        entry = fragment.optimizer.state[fragment.flat]
+        for key in saved.keys:
             if key != WEIGHT and key not in entry:
                 entry[key] = torch.zeros_like(fragment.flat)
-            fragment.of(fragment.flat if key == WEIGHT else entry[key]).copy_(value)
-    refresh_weights(engine)
-    if raw["loss_scaler"] and hasattr(engine.optimizer, "loss_scaler"):  # at stage 0 there is none
-        vars(engine.optimizer.loss_scaler).update(raw["loss_scaler"])
-    engine.deepspeed.global_steps = state.step
-    torch.set_rng_state(saved.rng)
+    found = []
+    for key, values in fragment.values().items():
+        if key in saved.keys:
+            part = (fragment.split_dim, fragment.part_offset, fragment.part_size)
+            found.append(Target(fragment.name, key, *part, fragment.start, values))
+        else:
+            values.zero_()
+    return found
 
 
-class _SameLayout:
-    """This rank's own file."""
-
-    def __init__(self, engine: Engine, published: Published) -> None:
-        # At stage 0 one tensor group wrote for all data ranks.
-        rank = engine.mesh.rank if engine.stage else engine.mesh.tensor_rank
-        self._step = published.step
-        self._tensors, self._index = _read_rank(published, rank)
-
-    def fragment(self, fragment: Fragment) -> dict[str, Tensor]:
-        if self._index.fragments.get(fragment.name) != fragment.index:
-            raise CheckpointError(f"checkpoint {step_folder(self._step)} holds another part of {fragment.name} than this rank owns.")
-        return _with_prefix(self._tensors, fragment.name)
-
-    def undivided(self, group: int) -> dict[str, Tensor]:
-        return _with_prefix(self._tensors, f"group-{group}")
-
-    def counters(self, group: int) -> Counters:
-        return self._index.counters.get(str(group), {})
-
-    @property
-    def rng(self) -> Tensor:
-        return self._tensors[RNG]
+def _put_counters(index: Index, fragments: list[Fragment], step: int) -> None:
+    """AdamW's step and the like, which a flat tensor has once for all parameters in it."""
+    found: dict[int, tuple[Fragment, Counters]] = {}
+    for fragment in fragments:
+        counters = index.tensors[fragment.name].counters
+        if fragment.flat is None or not counters:
+            continue
+        other, theirs = found.setdefault(id(fragment.flat), (fragment, counters))
+        if theirs != counters:
+            raise CheckpointError(
+                f"checkpoint {step_folder(step)}: {other.name} and {fragment.name} have done different numbers of updates ({theirs} and "
+                f"{counters}), and share one in this layout. Restore it with parallel.zero_stage=0."
+            )
+    for fragment, counters in found.values():
+        entry = fragment.optimizer.state[fragment.flat]
+        for key, value in counters.items():
+            entry[key] = _as_the_optimizer_keeps(value, entry.get(key), fragment)
 
 
-class _AnyLayout:
-    """Whole tensors, put together from all ranks' files, and cut to what this rank owns. Every rank reads all files and holds all of the
-    model and its moments for a moment."""
-
-    def __init__(self, tensor_offsets: dict[str, int], store: CheckpointStore, published: Published) -> None:
-        self._step = published.step
-        self._whole = dict(read_full_tensors(store, published.step))
-        self._tensor_offsets = tensor_offsets
-        tensors, index = _read_rank(published, 0)
-        self._rng = tensors[RNG]
-        every = list(index.counters.values())
-        if any(each != every[0] for each in every):
-            raise CheckpointError(f"checkpoint {step_folder(self._step)}: its parameter groups have done different numbers of updates.")
-        self._counters = every[0] if every else {}
-
-    def fragment(self, fragment: Fragment) -> dict[str, Tensor]:
-        return {key: self._cut(fragment, whole) for key, whole in self._tensors_of(fragment).items()}
-
-    def undivided(self, group: int) -> dict[str, Tensor]:
-        return {}
-
-    def counters(self, group: int) -> Counters:
-        return self._counters
-
-    @property
-    def rng(self) -> Tensor:
-        return self._rng
-
-    def _tensors_of(self, fragment: Fragment) -> dict[str, Tensor]:
-        found = self._whole.get(fragment.name)
-        if found is None or tuple(found[WEIGHT].shape) != fragment.index.full_shape:
-            raise CheckpointError(f"checkpoint {step_folder(self._step)} has no {fragment.name} of shape {fragment.index.full_shape}.")
-        return found
-
-    def _cut(self, fragment: Fragment, whole: Tensor) -> Tensor:
-        index = fragment.index
-        if index.split_dim is not None:
-            whole = whole.narrow(index.split_dim, self._tensor_offsets[fragment.name], index.part_shape[index.split_dim])
-        return whole.reshape(-1).narrow(0, index.start, index.numel)
+def _as_the_optimizer_keeps(value: float, held: Any, fragment: Fragment) -> Any:
+    """torch's optimizers count in fp32 tensors, which their fused kernels want on the weights' device; DeepSpeed's in Python numbers."""
+    if isinstance(held, torch.Tensor):
+        return torch.tensor(value, dtype=held.dtype, device=held.device)
+    if held is not None:
+        return type(held)(value)
+    if isinstance(value, float) or type(fragment.optimizer).__module__.startswith("torch."):
+        fused = any(group.get("fused") for group in fragment.optimizer.param_groups)
+        return torch.tensor(float(value), device=fragment.weight.device if fused else "cpu")
+    return value
 
 
-def _tensor_offsets(engine: Engine) -> dict[str, int]:
-    """Where this tensor rank's part of each split parameter begins. All ranks must call it: parts may differ in size."""
-    names, sizes = [], []
-    for name, parameter in engine.module.named_parameters():
-        part, full = tuple(getattr(parameter, "ds_shape", parameter.shape)), engine.full_shapes[name]
-        dims = [i for i, (a, b) in enumerate(zip(part, full, strict=True)) if a != b]
-        if dims:
-            names.append(name)
-            sizes.append(part[dims[0]])
-    mine = torch.tensor(sizes, dtype=torch.int64)
-    every = [torch.empty_like(mine) for _ in range(engine.mesh.world_size)]
-    if names:
-        dist.all_gather(every, mine)
-    before = [every[rank] for rank in engine.mesh.tensor_group if rank < engine.mesh.rank]
-    return {name: sum(int(sizes[i]) for sizes in before) for i, name in enumerate(names)}
+def _put_undivided(published: Published, index: Index, fragments: list[Fragment], rank: int) -> None:
+    of_rank = [each for each in index.undivided if each.file == rank]
+    flats = {fragment.group: fragment for fragment in fragments if fragment.flat is not None}
+    for each in of_rank:
+        if each.group in flats:
+            fragment = flats[each.group]
+            data = published.read_range(rank_file(rank), each.begin, each.begin + prod(each.shape) * ITEM_BYTES["F32"])
+            value = torch.frombuffer(data, dtype=torch.float32).view(each.shape)
+            fragment.optimizer.state[fragment.flat][each.key] = value.to(fragment.weight.device)
 
 
-def read_full_weights(store: CheckpointStore, step: int) -> Iterator[tuple[str, Tensor]]:
-    """(parameter name, whole fp32 weight) of a checkpoint, assembled on the CPU, in no particular order."""
-    for name, tensors in read_full_tensors(store, step, keys=(WEIGHT,)):
-        yield name, tensors[WEIGHT]
+def _put_rng(engine: Engine, published: Published, index: Index, there: Layout, here: Layout) -> None:
+    mesh = engine.mesh
+    rank = mesh.rank if there == here else mesh.data_rank % (there.workers // there.tensor) * there.tensor
+    if rank >= index.num_ranks:
+        raise DamagedCheckpointError(f"{published.uri} holds {index.num_ranks} ranks, and says that it is of {there.workers}.")
+    states = {
+        name: torch.frombuffer(published.read_range(rank_file(rank), begin, begin + num_bytes), dtype=torch.uint8)
+        for name, (begin, num_bytes) in index.rng[rank].items()
+    }
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and engine.device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], engine.device)
 
 
-def read_full_tensors(store: CheckpointStore, step: int, keys: tuple[str, ...] | None = None) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(parameter name, its whole weight and moments by key) of a checkpoint, from all ranks' fragments; only `keys` where given."""
-    published = store.open(step)
-    parts: dict[tuple[str, str], dict[int, Tensor]] = {}
-    about: dict[str, FragmentIndex] = {}
-    for rank in sorted(int(name[5:10]) for name in published.files if name.endswith(".safetensors")):
-        tensors, index = _read_rank(published, rank)
-        for name, fragment in index.fragments.items():
-            about[name] = fragment
-            for key, piece in _with_prefix(tensors, name).items():
-                if keys is None or key in keys:
-                    by_rank = parts.setdefault((name, key), {})
-                    part = by_rank.setdefault(index.tensor_rank, torch.full(fragment.part_shape, float("nan")))
-                    part.view(-1)[fragment.start : fragment.start + fragment.numel] = piece
-    whole: dict[str, dict[str, Tensor]] = {}
-    for (name, key), by_rank in parts.items():
-        ordered = [by_rank[rank] for rank in sorted(by_rank)]
-        dim = about[name].split_dim
-        tensor = ordered[0] if dim is None else torch.cat(ordered, dim=dim)
-        if tuple(tensor.shape) != about[name].full_shape or bool(tensor.isnan().any()):
-            raise CheckpointError(f"checkpoint {step_folder(step)}: {name} is incomplete, or holds NaN.")
-        whole.setdefault(name, {})[key] = tensor
-    yield from whole.items()
-
-
-def _read_rank(published: Published, rank: int) -> tuple[dict[str, Tensor], RankIndex]:
-    weights_name, index_name = rank_files(rank)
-    tensors = from_safetensors(published.read(weights_name, published.entry(weights_name).size_bytes))
-    return tensors, RankIndex.from_json(published.read(index_name))
-
-
-def _with_prefix(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    prefix = f"{name}|"
-    return {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+def _put_scale(engine: Engine, scale: dict[str, Any]) -> None:
+    scaler = getattr(engine.optimizer, "loss_scaler", None)  # at stage 0 there is none
+    if scaler is not None:
+        known = vars(scaler)
+        known.update({key: value for key, value in scale.items() if isinstance(known.get(key), int | float)})

@@ -1,78 +1,186 @@
-"""Writes a checkpoint: every rank what it owns, rank 0 what all share, then one act publishes it."""
+"""Saves checkpoints while training goes on.
+
+Weights and moments change in the optimizer's update only. So `save` returns at once, a thread copies them to host memory while the next
+forward and backward passes run, and only the next update waits for the copy (`wait_snapshot`). The thread then writes, hashes, publishes.
+A save that comes while the last one is being written waits for it: dropping one would make what is saved depend on the disk's speed, and
+memory holds one snapshot. The ranks' threads agree over a process group of their own: collectives of two threads on one would mix.
+
+A save that failed on any rank is published by none. The error is raised on every rank by the next save, or at the end; what was published
+before stays.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import threading
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from types import TracebackType
 from typing import Any
 
-import torch
-from safetensors.torch import save as to_safetensors
-from torch import Tensor
+import torch.distributed as dist
 
-from llm.checkpoint.fragments import optimizer_state, owned_fragments, tensors_of, undivided_state
-from llm.checkpoint.layout import STATE, Layout, RankIndex, rank_files
+from llm.checkpoint.fragments import Ownership
+from llm.checkpoint.index import INDEX, merge
+from llm.checkpoint.layout import STATE, Layout, rank_file
 from llm.checkpoint.manifest import FileEntry
+from llm.checkpoint.snapshot import HostBuffer, Plan, plan_snapshot
 from llm.checkpoint.store import CheckpointStore
-from llm.checkpoint.together import gather_bytes, together
+from llm.checkpoint.together import bytes_of_all, bytes_of_first, together
+from llm.errors import CheckpointError, StorageError
 from llm.parallel.zero import Engine
 from llm.state import TrainState
 
-RNG = "rng|torch"
+SLOWEST_WRITE = timedelta(hours=2)  # so long a rank waits for the slowest one's file
+LEFT_ALONE_S = 60.0  # so long a run that fails waits for the save that is under way
 
 
-def save_checkpoint(engine: Engine, state: TrainState, layout: Layout, store: CheckpointStore, keep: int, keep_every: int = 0) -> str:
-    """Saves and publishes the state after `state.step` steps; returns the checkpoint's URI. All ranks must call it.
+@dataclass(frozen=True)
+class Saved:
+    """`took_s`: from the call of `save` to the publication. `stall_s`: how long training stood still for it."""
 
-    Raises CheckpointError on every rank when one of them could not write.
-    """
-    first = engine.mesh.rank == 0
-    folder = together(lambda: store.begin(state.step) if first else "", "begin the checkpoint")
-    folder = gather_bytes(folder.encode())[0].decode()
-    written = together(lambda: _write_rank(engine, folder, store), "write its part of the checkpoint")
-    rows = gather_bytes(json.dumps({name: entry.to_json() for name, entry in written.items()}).encode())
-    entries = {name: FileEntry.from_json(raw) for row in rows for name, raw in json.loads(row).items()}
+    step: int
+    uri: str
+    took_s: float
+    stall_s: float
 
-    def publish() -> str:
-        if not first:
-            return ""
-        entries[STATE] = store.write(folder, STATE, [_state_json(engine, state, layout)])
-        uri = store.publish(state.step, folder, entries)
-        store.prune(keep, keep_every)
+
+@dataclass
+class _Save:
+    state: TrainState
+    plan: Plan
+    shared: bytes  # state.json
+    began_s: float
+    stall_s: float = 0.0
+    copied: threading.Event = field(default_factory=threading.Event)
+    thread: threading.Thread | None = None
+    uri: str = ""
+    took_s: float = 0.0
+    error: BaseException | None = None
+
+
+class CheckpointSaver:
+    """Every method but `finished` must be called by all ranks, in the same order, by the training thread. As a context manager it waits for
+    the last save to be published, and raises its error."""
+
+    def __init__(self, engine: Engine, layout: Layout, store: CheckpointStore, *, keep: int, keep_every: int = 0) -> None:
+        self._engine = engine
+        self._layout = layout
+        self._store = store
+        self._keep = keep
+        self._keep_every = keep_every
+        self._ownership = Ownership(engine)
+        self._buffer = HostBuffer(engine.device)
+        self._group = dist.new_group(backend="gloo", timeout=SLOWEST_WRITE)
+        self._current: _Save | None = None
+        self._finished: list[Saved] = []
+
+    def save(self, state: TrainState) -> None:
+        """Begins to save the state after `state.step` steps. Waits for the save before it, and raises its CheckpointError."""
+        began_s = time.perf_counter()
+        self._join()
+        save = _Save(state, plan_snapshot(self._engine, self._ownership), self._state_json(state), began_s)
+        save.thread = threading.Thread(target=self._run, args=(save,), name=f"save-{state.step}", daemon=True)
+        self._current = save
+        save.thread.start()
+        if self._layout.optimizer == "muon":
+            save.copied.wait()  # DeepSpeed moves Muon's momentum within the backward pass
+        save.stall_s = time.perf_counter() - began_s
+
+    def wait_snapshot(self) -> None:
+        """Returns when weights and moments may change: to be called before every update, and before anything else that changes them."""
+        if self._current is not None and not self._current.copied.is_set():
+            began_s = time.perf_counter()
+            self._current.copied.wait()
+            self._current.stall_s += time.perf_counter() - began_s
+
+    def save_now(self, state: TrainState) -> None:
+        """Saves and returns when it is published. Raises CheckpointError on every rank when one could not write."""
+        began_s = time.perf_counter()
+        self.save(state)
+        assert self._current is not None and self._current.thread is not None
+        self._current.thread.join()
+        self._current.stall_s = time.perf_counter() - began_s
+        self._join()
+
+    def wait_published(self) -> None:
+        """Returns when the save that is under way, if any, is published. Raises its CheckpointError on every rank."""
+        self._join()
+
+    def finished(self) -> list[Saved]:
+        """The saves that were published since the last call, oldest first."""
+        save = self._current
+        if save is not None and save.thread is not None and not save.thread.is_alive() and save.error is None:
+            self._join()
+        found, self._finished = self._finished, []
+        return found
+
+    def __enter__(self) -> CheckpointSaver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if kind is None:
+            self._join()
+        elif self._current is not None and self._current.thread is not None:
+            self._current.thread.join(LEFT_ALONE_S)  # the other ranks may be gone; the error that ends the run is the one to show
+
+    def _join(self) -> None:
+        save, self._current = self._current, None
+        if save is None or save.thread is None:
+            return
+        save.thread.join()
+        if save.error is not None:
+            raise save.error
+        self._finished.append(Saved(save.state.step, save.uri, save.took_s, save.stall_s))
+
+    def _run(self, save: _Save) -> None:
+        try:
+            save.uri = self._write(save)
+        except BaseException as error:  # raised by the training thread
+            save.error = error
+        finally:
+            save.copied.set()
+            save.took_s = time.perf_counter() - save.began_s
+
+    def _write(self, save: _Save) -> str:
+        """Copies, writes and publishes; returns the URI. All ranks' threads run it in step."""
+        step, first = save.state.step, self._engine.mesh.rank == 0
+        together(lambda: self._copy(save), "copy its part of the checkpoint", self._group)
+        begun = together(lambda: self._store.begin(step) if first else "", "begin the checkpoint", self._group)
+        folder = bytes_of_first(begun.encode(), self._group).decode()
+        name = rank_file(self._engine.mesh.rank)
+        chunks = self._buffer.chunks(save.plan)
+        try:
+            entry = together(lambda: self._store.write(folder, name, chunks), "write its part of the checkpoint", self._group)
+            told = bytes_of_all(save.plan.told, self._group)
+            entries = [FileEntry.from_json(json.loads(each)) for each in bytes_of_all(json.dumps(entry.to_json()).encode(), self._group)]
+            return together(lambda: self._publish(save, folder, told, entries) if first else "", "publish the checkpoint", self._group)
+        except CheckpointError:
+            if first:
+                with suppress(StorageError):
+                    self._store.abandon(folder)
+            raise
+
+    def _copy(self, save: _Save) -> None:
+        try:
+            self._buffer.copy(save.plan)
+        finally:
+            save.copied.set()
+
+    def _publish(self, save: _Save, folder: str, told: list[bytes], of_ranks: list[FileEntry]) -> str:
+        entries = {rank_file(rank): entry for rank, entry in enumerate(of_ranks)}
+        index = merge(told, {name: entry.size_bytes for name, entry in entries.items()})
+        for name, data in ((INDEX, index.to_json()), (STATE, save.shared)):
+            entries[name] = self._store.write(folder, name, [data])
+        uri = self._store.publish(save.state.step, folder, entries)
+        self._store.prune(keep=self._keep, keep_every=self._keep_every)
         return uri
 
-    return together(publish, "publish the checkpoint")
-
-
-def _write_rank(engine: Engine, folder: str, store: CheckpointStore) -> dict[str, FileEntry]:
-    """Writes this rank's files; what they are, by name. At stage 0 all data ranks hold the same: the first tensor group writes."""
-    if engine.stage == 0 and engine.mesh.rank >= engine.mesh.tensor_size:
-        return {}
-    tensors: dict[str, Tensor] = {RNG: torch.get_rng_state()}
-    index, counters = {}, {}
-    for fragment in owned_fragments(engine):
-        index[fragment.name] = fragment.index
-        held = {f"{fragment.name}|{key}": value for key, value in tensors_of(engine, fragment).items()}
-        for name, value in (held | undivided_state(engine, fragment)).items():
-            if name not in tensors:
-                tensors[name] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
-        entry = optimizer_state(engine, fragment)
-        counters[str(fragment.group)] = {
-            key: value if isinstance(value, int) else float(value)
-            for key, value in entry.items()
-            if isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0)
-        }
-    weights_name, index_name = rank_files(engine.mesh.rank)
-    contents = {
-        weights_name: to_safetensors(tensors),
-        index_name: RankIndex(engine.mesh.tensor_rank, index, counters).to_json().encode(),
-    }
-    return {name: store.write(folder, name, [data]) for name, data in contents.items()}
-
-
-def _state_json(engine: Engine, state: TrainState, layout: Layout) -> bytes:
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    scale: dict[str, Any] = (
-        {key: value for key, value in vars(scaler).items() if isinstance(value, int | float | bool)} if scaler is not None else {}
-    )
-    return json.dumps({"train": state.to_json(), "layout": asdict(layout), "loss_scaler": scale}, indent=1).encode()
+    def _state_json(self, state: TrainState) -> bytes:
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        scale: dict[str, Any] = (
+            {key: value for key, value in vars(scaler).items() if isinstance(value, int | float | bool)} if scaler is not None else {}
+        )
+        return json.dumps({"train": state.to_json(), "layout": asdict(self._layout), "loss_scaler": scale}, indent=1).encode()

@@ -3,43 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from llm.errors import CheckpointError
+from llm.errors import CheckpointError, DamagedCheckpointError
 
 T = TypeVar("T")
+_FINE, _DAMAGED, _FAILED = 0, 1, 2
 
 
-def together(act: Callable[[], T], what: str) -> T:
+def together(act: Callable[[], T], what: str, group: Any = None) -> T:
     """`act()` of this rank. Raises CheckpointError on all ranks where it raised on one: there with its cause, elsewhere with the ranks
-    that failed. `what` ends "rank 3 could not ..."."""
+    that failed. It is a DamagedCheckpointError on all of them where every cause is one. `what` ends "rank 3 could not ..."; `group`: a gloo
+    group of all ranks, for threads that must not use the default one."""
     error: Exception | None = None
     result: T | None = None
     try:
         result = act()
     except Exception as caught:
         error = caught
-    failed = torch.tensor([0 if error is None else 1])
-    flags = [torch.zeros_like(failed) for _ in range(dist.get_world_size())]
-    dist.all_gather(flags, failed)
+    verdict = _FINE if error is None else _DAMAGED if isinstance(error, DamagedCheckpointError) else _FAILED
+    verdicts = [int(each) for each in _all_gather(torch.tensor([verdict]), group)]
+    kind = CheckpointError if _FAILED in verdicts else DamagedCheckpointError
     if error is not None:
-        raise CheckpointError(f"rank {dist.get_rank()} could not {what}: {error}") from error
-    if ranks := [rank for rank, flag in enumerate(flags) if int(flag)]:
-        raise CheckpointError(f"rank {', '.join(map(str, ranks))} could not {what}; its own message says why.")
+        raise kind(f"rank {dist.get_rank()} could not {what}: {error}") from error
+    if ranks := [rank for rank, each in enumerate(verdicts) if each != _FINE]:
+        raise kind(f"rank {', '.join(map(str, ranks))} could not {what}; its own message says why.")
     return result  # pyright: ignore[reportReturnType]
 
 
-def gather_bytes(mine: bytes) -> list[bytes]:
-    """What every rank gave, by rank, on every rank: as numbers, since objects would travel as pickle. All ranks must call it."""
-    size = torch.tensor([len(mine)])
-    sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, size)
-    room = max(1, *(int(each) for each in sizes))
-    padded = torch.zeros(room, dtype=torch.uint8)
-    padded[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8) if mine else padded[:0]
-    rows = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(rows, padded)
-    return [row[: int(length)].numpy().tobytes() for row, length in zip(rows, sizes, strict=True)]
+def bytes_of_all(data: bytes, group: Any = None) -> list[bytes]:
+    """What every rank gives, in rank order, on rank 0; an empty list on the others. As numbers: objects would travel as pickle."""
+    sizes = [int(size) for size in _all_gather(torch.tensor([len(data)]), group)]
+    longest = max(1, *sizes)
+    mine = torch.zeros(longest, dtype=torch.uint8)
+    if data:
+        mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    rows = [torch.empty(longest, dtype=torch.uint8) for _ in sizes] if dist.get_rank() == 0 else None
+    dist.gather(mine, rows, dst=0, group=group)
+    return [row[:size].numpy().tobytes() for row, size in zip(rows, sizes, strict=True)] if rows is not None else []
+
+
+def bytes_of_first(data: bytes, group: Any = None) -> bytes:
+    """What rank 0 gives, on every rank."""
+    size = torch.tensor([len(data)])
+    dist.broadcast(size, src=0, group=group)
+    told = torch.zeros(int(size), dtype=torch.uint8)
+    if dist.get_rank() == 0 and data:
+        told = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    if len(told):
+        dist.broadcast(told, src=0, group=group)
+    return told.numpy().tobytes()
+
+
+def _all_gather(value: torch.Tensor, group: Any) -> list[torch.Tensor]:
+    every = [torch.zeros_like(value) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, value, group=group)
+    return every

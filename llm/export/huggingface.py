@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from llm.checkpoint.restore import read_full_weights
+from llm.checkpoint.read import read_full_weights
 from llm.checkpoint.store import CheckpointStore
 from llm.config import S3Section
 from llm.errors import ModelError
@@ -50,7 +50,7 @@ def export_checkpoint(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "export"
         folder.mkdir()
-        _write_weights(dict(read_full_weights(store, step)), folder)
+        _write_weights(dict(read_full_weights(store.open(step))), folder)
         settings = {key: value for key, value in model_config.items() if key != "model_type"}
         config = AutoConfig.for_model(model_config["model_type"], **settings)
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_config["model_type"]]]

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
 
 from llm.checkpoint.layout import Layout
-from llm.checkpoint.restore import restore_checkpoint
-from llm.checkpoint.save import save_checkpoint
+from llm.checkpoint.restore import restore_newest
+from llm.checkpoint.save import CheckpointSaver
 from llm.checkpoint.store import CheckpointStore
-from llm.config import CheckpointSection
 from llm.data.batches import Batch, BatchFetcher, DataGroups, Reader
 from llm.data.ledger import advanced
 from llm.errors import ConfigError
@@ -40,7 +39,37 @@ def train(job: Job, mesh: Mesh, reader: Reader | None, start: TrainState, phases
     record. torch.distributed must be initialized.
     """
     config = job.config
-    fetcher = BatchFetcher(
+    precision = best_precision(config.train.precision, config.parallel.zero_stage)
+    device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    recorder = Recorder(job, on=mesh.rank == 0, device_name=device_name, precision=precision)
+    fetcher: BatchFetcher | None = None
+    try:
+        for name, phase_s in (phases or {}).items():
+            recorder.event("phase", name=name, phase_s=round(phase_s, 2))
+        began_s = time.perf_counter()
+        engine = build_engine(job, mesh)
+        recorder.event("phase", name="building the model and the engine", phase_s=round(time.perf_counter() - began_s, 2))
+        store = CheckpointStore(job.run_uri, config.s3)
+        parallel = config.parallel
+        layout = Layout(parallel.workers, parallel.tensor, parallel.zero_stage, precision, config.train.optimizer)
+        if start.step:
+            start = _restore(engine, start, layout, store, recorder)
+        else:
+            recorder.resume_at(0)
+        # After the restoring: it may have gone back to an older checkpoint, and the stream begins where that one stands.
+        fetcher = _fetcher(job, mesh, reader, start)
+        recorder.event("start", total_steps=config.train.steps, precision=precision, device=device_name)
+        with CheckpointSaver(engine, layout, store, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every) as saver:
+            return _train_and_save(job, engine, recorder, fetcher, saver, store, start)
+    finally:
+        if fetcher is not None:
+            fetcher.close()
+        recorder.close()
+
+
+def _fetcher(job: Job, mesh: Mesh, reader: Reader | None, start: TrainState) -> BatchFetcher:
+    config = job.config
+    return BatchFetcher(
         reader,
         mesh,
         DataGroups(mesh),
@@ -52,29 +81,19 @@ def train(job: Job, mesh: Mesh, reader: Reader | None, start: TrainState, phases
         isolate=config.data.isolate_documents,
         max_bad_frac=config.data.max_bad_frac,
     )
-    precision = best_precision(config.train.precision, config.parallel.zero_stage)
-    device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    recorder = Recorder(job, on=mesh.rank == 0, device_name=device_name, precision=precision)
-    try:
-        for name, phase_s in (phases or {}).items():
-            recorder.event("phase", name=name, phase_s=round(phase_s, 2))
-        began_s = time.perf_counter()
-        engine = build_engine(job, mesh)
-        recorder.event("phase", name="building the model and the engine", phase_s=round(time.perf_counter() - began_s, 2))
-        store = CheckpointStore(job.run_uri, config.s3)
-        parallel = config.parallel
-        layout = Layout(parallel.workers, parallel.tensor, parallel.zero_stage, precision, config.train.optimizer)
-        if start.step:
-            restore_checkpoint(engine, start, layout, store)
-            recorder.resume_at(start.step)
-            recorder.event("restart", step=start.step, reason="resumed from the newest checkpoint")
-        else:
-            recorder.resume_at(0)
-        recorder.event("start", total_steps=config.train.steps, precision=precision, device=device_name)
-        return _train_and_save(job, engine, recorder, fetcher, store, layout, start)
-    finally:
-        fetcher.close()
-        recorder.close()
+
+
+def _restore(engine: Engine, start: TrainState, layout: Layout, store: CheckpointStore, recorder: Recorder) -> TrainState:
+    """The state of the newest checkpoint that is whole, at most `start`, put back into the engine."""
+    began_s, told = time.perf_counter(), []
+    state = restore_newest(engine, start.step, layout, store, lambda *damaged: told.append(damaged))
+    recorder.resume_at(state.step)
+    for step, why, aside in told:
+        recorder.event("damaged", step=step, reason=why, path=aside)
+    recorder.event("phase", name="restoring the checkpoint", phase_s=round(time.perf_counter() - began_s, 2))
+    reason = "resumed from the newest checkpoint" if not told else "resumed from an older checkpoint: the newest was damaged"
+    recorder.event("restart", step=state.step, reason=reason)
+    return state
 
 
 def build_engine(job: Job, mesh: Mesh) -> Engine:
@@ -105,9 +124,11 @@ def build_engine(job: Job, mesh: Mesh) -> Engine:
     return engine
 
 
-def steps(job: Job, engine: Engine, batches: Iterable[Batch], state: TrainState) -> Iterator[tuple[TrainState, StepResult, StepTimes]]:
+def steps(
+    job: Job, engine: Engine, batches: Iterable[Batch], state: TrainState, before_update: Callable[[], None] = lambda: None
+) -> Iterator[tuple[TrainState, StepResult, StepTimes]]:
     """Each step's new state, its result (tensors, not yet read) and its times. The time of a step ends where the next begins to wait for
-    data, so what the consumer does in between is not counted."""
+    data, so what the consumer does in between is not counted. `before_update`: see `train_step`."""
     source = iter(batches)
     while True:
         began_s = time.perf_counter()
@@ -121,6 +142,7 @@ def steps(job: Job, engine: Engine, batches: Iterable[Batch], state: TrainState)
             microbatch_rows=job.config.microbatch_rows,
             isolate=job.config.data.isolate_documents,
             lr_factor=lr_factor(job.config.train, state.step),
+            before_update=before_update,
         )
         state = TrainState(
             step=state.step + 1,
@@ -137,15 +159,15 @@ def _train_and_save(
     engine: Engine,
     recorder: Recorder,
     batches: Iterable[Batch],
+    saver: CheckpointSaver,
     store: CheckpointStore,
-    layout: Layout,
     start: TrainState,
 ) -> TrainState:
     config, state, saved_step = job.config, start, start.step
     if start.step == 0:
         _evaluate(job, engine, recorder, 0)
     evaluated_step = start.step
-    for after, result, times in steps(job, engine, batches, start):
+    for after, result, times in steps(job, engine, batches, start, saver.wait_snapshot):
         recorder.step(state, after, result, times, config.train.lr * lr_factor(config.train, state.step))
         state = after
         if _due(config.eval.every_steps, state.step):
@@ -154,13 +176,16 @@ def _train_and_save(
             evaluated_step = state.step
         if _due(config.checkpoint.every_steps, state.step):
             recorder.flush()
-            _save(engine, recorder, store, layout, state, config.checkpoint)
+            saver.save(state)
             saved_step = state.step
+        _record_saves(recorder, saver)
     recorder.flush()
     if evaluated_step < state.step:
         _evaluate(job, engine, recorder, state.step)
     if saved_step < state.step:
-        _save(engine, recorder, store, layout, state, config.checkpoint)
+        saver.save_now(state)
+    saver.wait_published()
+    _record_saves(recorder, saver)
     if config.export.enabled:
         _export(job, engine, recorder, store, state)
     recorder.event("data", **{name: state.counts.get(name, 0) for name in COUNTED})
@@ -185,12 +210,9 @@ def _evaluate(job: Job, engine: Engine, recorder: Recorder, step: int) -> None:
     recorder.evaluation(step, loss, tokens)
 
 
-def _save(
-    engine: Engine, recorder: Recorder, store: CheckpointStore, layout: Layout, state: TrainState, section: CheckpointSection
-) -> None:
-    began_s = time.perf_counter()
-    uri = save_checkpoint(engine, state, layout, store, section.keep, section.keep_every)
-    recorder.event("checkpoint", step=state.step, path=uri, took_s=round(time.perf_counter() - began_s, 3))
+def _record_saves(recorder: Recorder, saver: CheckpointSaver) -> None:
+    for saved in saver.finished():
+        recorder.event("checkpoint", step=saved.step, path=saved.uri, took_s=round(saved.took_s, 3), stall_s=round(saved.stall_s, 4))
 
 
 def _export(job: Job, engine: Engine, recorder: Recorder, store: CheckpointStore, state: TrainState) -> None:

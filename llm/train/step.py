@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +22,11 @@ class StepResult:
     grad_norm: Tensor
 
 
-def train_step(engine: Engine, batch: Batch, *, microbatch_rows: int, isolate: bool, lr_factor: float) -> StepResult:
-    """Forward and backward over this rank's microbatches, then one update. All ranks must call it.
+def train_step(
+    engine: Engine, batch: Batch, *, microbatch_rows: int, isolate: bool, lr_factor: float, before_update: Callable[[], None] = lambda: None
+) -> StepResult:
+    """Forward and backward over this rank's microbatches, then one update. All ranks must call it. `before_update` returns when the weights
+    may change: a checkpoint may still be copying them.
 
     Each microbatch's summed loss is divided by the predicted tokens of the *whole* batch before backward, so unequally masked
     microbatches weigh as they should: 1 microbatch of 8 rows, 2 of 4 and 4 of 2 give the same gradient.
@@ -33,6 +37,7 @@ def train_step(engine: Engine, batch: Batch, *, microbatch_rows: int, isolate: b
         loss = _summed_loss(engine, batch.ids[rows], batch.segments[rows], isolate) / batch.predicted_tokens
         total += loss.detach()
         engine.backward(loss)
+    before_update()
     grad_norm = engine.step(lr_factor)
     return StepResult(_over_data_ranks(engine, total), grad_norm)
 

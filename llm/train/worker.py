@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
@@ -92,7 +92,7 @@ class ShardReader:
 
     def __init__(self, shard: Any, job: Job, data_rank: int) -> None:
         self._shard, self._job, self._data_rank = shard, job, data_rank
-        self._first: tuple[Cursor, Future[Block | None], Iterator[Block]] | None = None
+        self._first: tuple[Cursor, Future[Block | None], Generator[Block]] | None = None
 
     def prefetch(self, cursor: Cursor) -> None:
         """Fetches the first block in a thread from now on, while the caller imports torch and builds the model."""
@@ -113,13 +113,16 @@ class ShardReader:
             yield from self._pass(cursor)
             return
         at, first, blocks = prefetched
-        assert at == cursor, f"the stream was begun at {at}, and is read at {cursor}"
         block = first.result()
+        if at != cursor:  # the newest checkpoint was damaged, and training goes on from one before it
+            blocks.close()
+            yield from self._pass(cursor)
+            return
         if block is not None:
             yield block
             yield from blocks
 
-    def _pass(self, cursor: Cursor) -> Iterator[Block]:
+    def _pass(self, cursor: Cursor) -> Generator[Block]:
         # No execution begins before every data rank has asked for one, so all of its tasks find what is written here.
         if self._data_rank == 0:
             start_file(self._job).write(cursor)

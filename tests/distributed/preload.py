@@ -7,6 +7,8 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 import deepspeed  # noqa: F401
 import torch
+import transformers.models.auto.modeling_auto
+import transformers.models.llama.modeling_llama  # noqa: F401 - the tests' model; transformers would load it in every rank
 
 import llm.train.loop  # noqa: F401
 

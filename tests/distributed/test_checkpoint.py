@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm.checkpoint.restore import read_full_tensors
+from llm.checkpoint.read import read_index, read_whole
 from llm.checkpoint.store import CheckpointStore
 from llm.config import S3Section
 from llm.errors import CheckpointError
@@ -22,7 +22,7 @@ def _train(rank: int, world_size: int, config, run_uri: str, model=None) -> str:
     """Trains to config.train.steps from the newest checkpoint; a hash over this rank's weights and moments."""
     import torch.distributed as dist
 
-    from llm.checkpoint.fragments import owned_fragments, tensors_of
+    from llm.checkpoint.fragments import Ownership
     from llm.checkpoint.newest import newest_state
     from llm.parallel.mesh import Mesh
     from llm.train import loop
@@ -40,8 +40,8 @@ def _train(rank: int, world_size: int, config, run_uri: str, model=None) -> str:
     loop.build_engine = lambda *args: engines.append(build(*args)) or engines[0]
     loop.train(job, mesh, reader, state)
     digest = hashlib.sha256()
-    for fragment in owned_fragments(engines[0]):
-        for key, value in sorted(tensors_of(engines[0], fragment).items()):
+    for fragment in Ownership(engines[0]).fragments():
+        for key, value in sorted((fragment.values() | fragment.undivided()).items()):
             digest.update(f"{fragment.name}|{key}".encode() + value.detach().contiguous().numpy().tobytes())
     dist.barrier()
     return digest.hexdigest()
@@ -93,10 +93,10 @@ def test_another_layout_goes_on_with_the_same_losses_and_ledger(tmp_path, saved,
     expected, resumed = (rows_of(read_rows(f"{run}/metrics.jsonl"), "step") for run in (whole, cut))
     assert [row["ledger"] for row in resumed] == [row["ledger"] for row in expected]
     assert [row["loss"] for row in resumed] == pytest.approx([row["loss"] for row in expected], abs=1e-4)
-    weights = [dict(read_full_tensors(CheckpointStore(run, S3Section()), STEPS)) for run in (whole, cut)]
-    for name, tensors in weights[0].items():
-        for key, tensor in tensors.items():
-            torch.testing.assert_close(weights[1][name][key], tensor, atol=2e-5, rtol=1e-3, msg=f"{name} {key}")
+    opened = [CheckpointStore(run, S3Section()).open(STEPS) for run in (whole, cut)]
+    weights = [{(name, key): tensor for name, key, tensor in read_whole(each, read_index(each))} for each in opened]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, atol=2e-5, rtol=1e-3, msg=str(name))
 
 
 def test_another_kind_of_run_and_a_damaged_file_are_refused_by_name(tmp_path):
