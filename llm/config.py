@@ -125,7 +125,8 @@ class TrainSection(Section):
 
 class CheckpointSection(Section):
     every_steps: int = Field(default=0, ge=0, description="0: only after the last step")
-    keep: int = Field(default=3, ge=1)
+    keep: int = Field(default=3, ge=1, description="the newest that stay; the last two good ones always do")
+    keep_every: int = Field(default=0, ge=0, description="those at multiples of these steps stay too; 0: none")
 
 
 class EvalSection(Section):

@@ -122,9 +122,14 @@ class DiskCheckpoints:
         with self._opened(step, "", MANIFEST) as (file, size):
             return _read_into(file, bytearray(min(size, limit + 1)), 0)
 
-    def file_size(self, step: int, folder: str, name: str) -> int:
-        with self._opened(step, folder, name) as (_, size):
-            return size
+    def sizes(self, step: int, folder: str) -> dict[str, int]:
+        """{name: size} of the regular files of a checkpoint."""
+        inside = self._at(step_folder(step), folder) if folder else self._at(step_folder(step))
+        try:
+            with os.scandir(inside) as entries:
+                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file(follow_symlinks=False)}
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
 
     def read_into(self, step: int, folder: str, name: str, start: int, view: memoryview) -> None:
         """Fills `view` with the file's bytes from `start` on. Raises DamagedCheckpointError where the file ends before that."""

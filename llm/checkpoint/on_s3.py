@@ -133,19 +133,16 @@ class S3Checkpoints:
             raise DamagedCheckpointError(f"{self.uri}/{key} is missing.")
         return self._get(key, (0, min(size, limit + 1)))
 
-    def file_size(self, step: int, folder: str, name: str) -> int:
-        key = self._file(step, folder, name)
-        size = self._size(key)
-        if size is None:
-            raise DamagedCheckpointError(f"{self.uri}/{key} is missing.")
-        return size
+    def sizes(self, step: int, folder: str) -> dict[str, int]:
+        prefix = self._file(step, folder, "")
+        return {item["Key"].removeprefix(self._prefix + prefix): item["Size"] for item in self._list(prefix)}
 
     def read_into(self, step: int, folder: str, name: str, start: int, view: memoryview) -> None:
         if len(view):
             view[:] = self._get(self._file(step, folder, name), (start, start + len(view)))
 
     def _file(self, step: int, folder: str, name: str) -> str:
-        return "/".join(part for part in (step_folder(step), folder, name) if part)
+        return f"{step_folder(step)}/{folder}/{name}" if folder else f"{step_folder(step)}/{name}"
 
     def _get(self, key: str, span: tuple[int, int] | None) -> bytes:
         """The bytes [start, stop) of an object, or all; DamagedCheckpointError where it has none there."""

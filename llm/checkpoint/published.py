@@ -19,7 +19,7 @@ from llm.storage import join, storage_errors
 class _Files(Protocol):
     def read_manifest(self, step: int, limit: int) -> bytes: ...
 
-    def file_size(self, step: int, folder: str, name: str) -> int: ...
+    def sizes(self, step: int, folder: str) -> dict[str, int]: ...
 
     def read_into(self, step: int, folder: str, name: str, start: int, view: memoryview) -> None: ...
 
@@ -34,7 +34,7 @@ class Published:
         data = files.read_manifest(step, MAX_JSON_BYTES)
         self.manifest = Manifest.from_bytes(data, step, join(uri, MANIFEST))
         self._last: tuple[str, int, bytes] = ("", 0, b"")  # name, number and bytes of the block that was verified last
-        self._sized: set[str] = set()  # files whose size was found to be the manifest's
+        self._sizes: dict[str, int] | None = None  # of the files that are there
 
     @property
     def files(self) -> Mapping[str, FileEntry]:
@@ -94,19 +94,20 @@ class Published:
         return found
 
     def require_files(self) -> None:
-        """Raises DamagedCheckpointError where a file is missing or has another size. Reads none: one look at each."""
+        """Raises DamagedCheckpointError where a file is missing or has another size. Reads none: lists the folder."""
         for name in self.files:
             self._require_size(name)
 
     def _require_size(self, name: str) -> None:
-        if name in self._sized:
-            return
         wanted = self.entry(name).size_bytes
-        with storage_errors(join(self.uri, name), self._s3):
-            size = self._files.file_size(self.step, self.manifest.folder, name)
+        if self._sizes is None:
+            with storage_errors(self.uri, self._s3):
+                self._sizes = self._files.sizes(self.step, self.manifest.folder)
+        size = self._sizes.get(name)
+        if size is None:
+            raise DamagedCheckpointError(f"{join(self.uri, name)} is missing, or no regular file.")
         if size != wanted:
             raise DamagedCheckpointError(f"{join(self.uri, name)} is damaged: it has {size} bytes, and {wanted} were saved.")
-        self._sized.add(name)
 
     def _block(self, name: str, number: int) -> bytes:
         last = self._last

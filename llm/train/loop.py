@@ -59,7 +59,7 @@ def train(job: Job, mesh: Mesh, reader: Reader | None, start: TrainState, phases
         # After the restoring: it may have gone back to an older checkpoint, and the stream begins where that one stands.
         fetcher = _fetcher(job, mesh, reader, start)
         recorder.event("start", total_steps=config.train.steps, precision=precision, device=device_name)
-        with CheckpointSaver(engine, layout, store, keep=config.checkpoint.keep) as saver:
+        with CheckpointSaver(engine, layout, store, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every) as saver:
             return _train_and_save(job, engine, recorder, fetcher, saver, store, start)
     finally:
         if fetcher is not None:

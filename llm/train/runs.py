@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llm.checkpoint.layout import Layout
-from llm.checkpoint.newest import read_state, require_restorable
+from llm.checkpoint.newest import read_newest, require_restorable
 from llm.checkpoint.store import CheckpointStore
 from llm.config import RunConfig
 from llm.config_file import config_differences, dump_run, parse_run
@@ -44,9 +44,10 @@ def claim_run(config: RunConfig) -> Claim:
         name = config.run.name if number == 1 else f"{config.run.name}-{number}"
         named = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
         if not finished(named):
-            step = _require_same_run(named)
+            step, damaged = _require_same_run(named)
             if step:
-                return Claim(named, note=f"going on with {run_uri(named)} from its checkpoint at step {step}")
+                note = f"going on with {run_uri(named)} from its checkpoint at step {step}"
+                return Claim(named, note=f"{damaged}\n{note}" if damaged else note)
             again = f"{config.run.name} is finished (run.if_finished=again): this run is {name}"
             return Claim(named, note=again if number > 1 else None)
         if config.run.if_finished == "stop":
@@ -84,14 +85,15 @@ def require_finished(config: RunConfig) -> None:
         )
 
 
-def _require_same_run(config: RunConfig) -> int:
-    """The step of the checkpoint that the run goes on from, 0 without one; ConfigError where it is another run's."""
+def _require_same_run(config: RunConfig) -> tuple[int, str | None]:
+    """The step of the checkpoint that the run goes on from, 0 without one, and what is wrong with newer ones; ConfigError where it is
+    another run's."""
     uri = run_uri(config)
     recorded, store = join(uri, CONFIG), CheckpointStore(uri, config.s3)
-    found = read_state(store)
+    found = read_newest(store)
     if found is None or not exists(recorded, config.s3):
-        return 0
-    state, there = found
+        return 0, None
+    state, there = found.value
     parallel = config.parallel
     # The precision that `auto` is on the workers' hardware is theirs to compare.
     here = Layout(parallel.workers, parallel.tensor, parallel.zero_stage, there.precision, config.train.optimizer)
@@ -103,4 +105,4 @@ def _require_same_run(config: RunConfig) -> int:
             f"the unfinished run {uri} was started with another configuration:\n{told}\n"
             "  Set the values back to go on with it, or choose another run.name."
         )
-    return state.step
+    return state.step, found.note
