@@ -61,7 +61,8 @@ def evaluate(engine: Engine, ids: Tensor, segments: Tensor, *, microbatch_rows: 
 
 
 def _summed_loss(engine: Engine, ids: Tensor, segments: Tensor, isolate: bool) -> Tensor:
-    inputs, labels, valid = model_inputs(ids.to(engine.device), segments.to(engine.device), isolate)
+    ids, segments = (rows.to(engine.device, non_blocking=True) for rows in (ids, segments))
+    inputs, labels, valid = model_inputs(ids, segments, isolate)
     return sum_loss(engine.forward(**inputs), labels, valid)
 
 
