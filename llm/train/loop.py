@@ -9,11 +9,14 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from llm.checkpoint.layout import Layout
+from llm.checkpoint.newest import newest_state
 from llm.checkpoint.restore import restore_newest
 from llm.checkpoint.save import CheckpointSaver
 from llm.checkpoint.store import CheckpointStore
@@ -25,7 +28,8 @@ from llm.job import Job
 from llm.model.build import build_model, enable_activation_checkpointing
 from llm.parallel.mesh import Mesh
 from llm.parallel.zero import Engine, best_precision
-from llm.state import COUNTED, TrainState
+from llm.state import COUNTED, History, TrainState
+from llm.train.guard import judge_of, settled
 from llm.train.optimizer import param_groups
 from llm.train.recorder import Recorder, StepTimes
 from llm.train.schedule import lr_factor
@@ -60,7 +64,7 @@ def train(job: Job, mesh: Mesh, reader: Reader | None, start: TrainState, phases
         fetcher = _fetcher(job, mesh, reader, start)
         recorder.event("start", total_steps=config.train.steps, precision=precision, device=device_name)
         with CheckpointSaver(engine, layout, store, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every) as saver:
-            return _train_and_save(job, engine, recorder, fetcher, saver, store, start)
+            return _train_and_save(job, engine, recorder, fetcher, saver, store, layout, start)
     finally:
         if fetcher is not None:
             fetcher.close()
@@ -88,12 +92,16 @@ def _restore(engine: Engine, start: TrainState, layout: Layout, store: Checkpoin
     began_s, told = time.perf_counter(), []
     state = restore_newest(engine, start.step, layout, store, lambda *damaged: told.append(damaged))
     recorder.resume_at(state.step)
-    for step, why, aside in told:
-        recorder.event("damaged", step=step, reason=why, path=aside)
+    for damaged in told:
+        _record_damage(recorder, *damaged)
     recorder.event("phase", name="restoring the checkpoint", phase_s=round(time.perf_counter() - began_s, 2))
     reason = "resumed from the newest checkpoint" if not told else "resumed from an older checkpoint: the newest was damaged"
     recorder.event("restart", step=state.step, reason=reason)
     return state
+
+
+def _record_damage(recorder: Recorder, step: int, why: str, aside: str) -> None:
+    recorder.event("damaged", step=step, reason=why, path=aside)
 
 
 def build_engine(job: Job, mesh: Mesh) -> Engine:
@@ -125,10 +133,16 @@ def build_engine(job: Job, mesh: Mesh) -> Engine:
 
 
 def steps(
-    job: Job, engine: Engine, batches: Iterable[Batch], state: TrainState, before_update: Callable[[], None] = lambda: None
+    job: Job,
+    engine: Engine,
+    batches: Iterable[Batch],
+    state: TrainState,
+    roll_back: Callable[[], int],
+    before_update: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[TrainState, StepResult, StepTimes]]:
-    """Each step's new state, its result (tensors, not yet read) and its times. The time of a step ends where the next begins to wait for
-    data, so what the consumer does in between is not counted. `before_update`: see `train_step`."""
+    """Each step's new state, its result and its times. The time of a step ends where the next begins to wait for data, so what the consumer
+    does in between is not counted. `roll_back` puts an older checkpoint's weights back and returns its step, 0 where there is none;
+    `before_update`: see `train_step`."""
     source = iter(batches)
     while True:
         began_s = time.perf_counter()
@@ -136,20 +150,25 @@ def steps(
         if batch is None:
             return
         got_s = time.perf_counter()
+        if batch.cursor.began != state.cursor.began:
+            state = replace(state, history=History(rollbacks=state.history.rollbacks))  # other data have other losses
         result = train_step(
             engine,
             batch,
+            judge_of(job.config, state.history),
             microbatch_rows=job.config.microbatch_rows,
             isolate=job.config.data.isolate_documents,
             lr_factor=lr_factor(job.config.train, state.step),
             before_update=before_update,
         )
+        result, history = settled(job.config.guard, result, state, roll_back)
         state = TrainState(
             step=state.step + 1,
             tokens=state.tokens + batch.predicted_tokens,
             cursor=batch.cursor,
-            ledger=advanced(state.ledger, batch.digests),
+            ledger=advanced(state.ledger, batch.digests, result.outcome),
             counts=Counter(state.counts) + batch.counts,
+            history=history,
         )
         yield state, result, StepTimes(time.perf_counter() - began_s, got_s - began_s)
 
@@ -161,14 +180,23 @@ def _train_and_save(
     batches: Iterable[Batch],
     saver: CheckpointSaver,
     store: CheckpointStore,
+    layout: Layout,
     start: TrainState,
 ) -> TrainState:
     config, state, saved_step = job.config, start, start.step
     if start.step == 0:
         _evaluate(job, engine, recorder, 0)
     evaluated_step = start.step
-    for after, result, times in steps(job, engine, batches, start, saver.wait_snapshot):
+
+    def roll_back() -> int:
+        saver.wait_published()
+        newest = newest_state(store)
+        return restore_newest(engine, newest.step, layout, store, partial(_record_damage, recorder)).step if newest.step else 0
+
+    for after, result, times in steps(job, engine, batches, start, roll_back, saver.wait_snapshot):
         recorder.step(state, after, result, times, config.train.lr * lr_factor(config.train, state.step))
+        if result.troubles:
+            recorder.event("guard", step=after.step, action=result.outcome or "retried", cause=result.troubles[-1])
         state = after
         if _due(config.eval.every_steps, state.step):
             recorder.flush()

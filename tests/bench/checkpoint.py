@@ -45,7 +45,7 @@ def measure(rank: int, world_size: int, folder: str, rounds: int) -> list[dict[s
     mesh, job = Mesh(rank, world_size, 1), make_job(config, MODEL)
     engine, rows = build_engine(job, mesh), []
     saver = CheckpointSaver(engine, engine_layout(config), open_store(folder), keep=1)
-    updates = steps(job, engine, batches_from(config, mesh, 0, MAX_STEPS), TrainState(), saver.wait_snapshot)
+    updates = steps(job, engine, batches_from(config, mesh, 0, MAX_STEPS), TrainState(), lambda: 0, saver.wait_snapshot)
 
     def a_step() -> tuple[TrainState, float]:
         began_s = time.perf_counter()
