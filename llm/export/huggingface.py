@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -29,7 +29,7 @@ from llm.parallel.zero import Engine
 from llm.storage import is_s3, join, local_path, write_bytes
 from llm.tokenizer import Tokenizer
 
-MAX_SHARD = "5GB"
+MAX_FILE_BYTES = 5_000_000_000
 PROBE_TOKENS = 64
 # Largest |difference| of two logits that is still the same model computed in another order. Under bf16 and fp16 the engine's own
 # rounding is of the order of 0.01 to 1 logit, so there the difference is reported and judged against 1.0 only.
@@ -50,7 +50,7 @@ def export_checkpoint(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "export"
         folder.mkdir()
-        _write_weights(dict(read_full_weights(store.open(step))), folder)
+        _write_weights(read_full_weights(store.open(step)), folder)
         settings = {key: value for key, value in model_config.items() if key != "model_type"}
         config = AutoConfig.for_model(model_config["model_type"], **settings)
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_config["model_type"]]]
@@ -62,13 +62,31 @@ def export_checkpoint(
         _publish(folder, uri, s3)
 
 
-def _write_weights(weights: dict[str, Tensor], folder: Path) -> None:
-    split = split_torch_state_dict_into_shards(weights, max_shard_size=MAX_SHARD, filename_pattern="model{suffix}.safetensors")
-    for name, members in split.filename_to_tensors.items():
-        save_file({m: weights[m].contiguous() for m in members}, folder / name, metadata={"format": "pt"})
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+def _write_weights(weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    """Writes tensors in files of at most MAX_FILE_BYTES (a larger tensor has one of its own) as they come: memory holds one file's."""
+    files: list[list[str]] = []
+    held: dict[str, Tensor] = {}
+    held_bytes = total_bytes = 0
+    for name, tensor in weights:
+        if held and held_bytes + tensor.nbytes > MAX_FILE_BYTES:
+            save_file(held, folder / f"part-{len(files)}", metadata={"format": "pt"})
+            files.append(list(held))
+            held, held_bytes = {}, 0
+        held[name] = tensor
+        held_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
+    save_file(held, folder / f"part-{len(files)}", metadata={"format": "pt"})
+    files.append(list(held))
+    if len(files) == 1:
+        (folder / "part-0").rename(folder / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(files):
+        file = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+        (folder / f"part-{number}").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
 def _publish(folder: Path, uri: str, s3: S3Section) -> None:

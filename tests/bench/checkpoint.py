@@ -44,7 +44,15 @@ def measure(rank: int, world_size: int, folder: str, rounds: int) -> list[dict[s
     )
     mesh, job = Mesh(rank, world_size, 1), make_job(config, MODEL)
     engine, rows = build_engine(job, mesh), []
-    saver = CheckpointSaver(engine, engine_layout(config), open_store(folder), keep=1)
+    thread_cpu_s: list[float] = []
+
+    class Timed(CheckpointSaver):
+        def _run(self, save: Any) -> None:
+            began_s = time.thread_time()
+            super()._run(save)
+            thread_cpu_s.append(time.thread_time() - began_s)
+
+    saver = Timed(engine, engine_layout(config), open_store(folder), keep=1)
     updates = steps(job, engine, batches_from(config, mesh, 0, MAX_STEPS), TrainState(), lambda: 0, saver.wait_snapshot)
 
     def a_step() -> tuple[TrainState, float]:
@@ -77,6 +85,7 @@ def measure(rank: int, world_size: int, folder: str, rounds: int) -> list[dict[s
                 "beside_s": done.took_s,
                 "step_s": usual_s,
                 "steps_beside": len(beside),
+                "thread_cpu_s": thread_cpu_s[-1],
                 "lost_s": sum(beside) - len(beside) * usual_s,
             }
         )
@@ -109,6 +118,8 @@ def main() -> None:
     print(f"{options.ranks} ranks, medians of {len(rows)} rounds: a synchronous save {synchronous_s:.2f} s")
     share = f"{stall_s / synchronous_s:.1%} of that; bar {BAR_FRAC:.0%}: {verdict}"
     print(f"beside training: training stands still for {1000 * stall_s:.0f} ms ({share})")
+    cpu_s = statistics.median(row["thread_cpu_s"] for row in rows)
+    print(f"the thread takes {cpu_s:.2f} s of CPU time on rank 0: the most that training can lose where no core is idle")
     print(f"its steps of {step_s:.2f} s lose {lost_s:.2f} s in all to the writing ({lost_s / synchronous_s:.0%} of a synchronous save)")
 
 
