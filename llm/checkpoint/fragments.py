@@ -184,11 +184,7 @@ def refresh_weights(engine: Engine) -> None:
                 mapping.update_lp()
         for group, partitions in enumerate(zero.parallel_partitioned_bit16_groups):
             process_group = zero.real_dp_process_group[group]
-            mine = partitions[dist.get_rank(process_group)].clone()
-            gathered = [torch.empty_like(p) for p in partitions]
-            dist.all_gather(gathered, mine, group=process_group)
-            for partition, value in zip(partitions, gathered, strict=True):
-                partition.copy_(value)
+            dist.all_gather(list(partitions), partitions[dist.get_rank(process_group)].clone(), group=process_group)
     elif engine.stage == 3:
         for group, flat in enumerate(zero.fp32_partitioned_groups_flat):
             zero.fp16_partitioned_groups_flat[group].data.copy_(flat.data)

@@ -3,11 +3,14 @@ the stream, which had begun at the newest one's cursor already, begins anew."""
 
 from __future__ import annotations
 
+import pytest
+
 from llm.metrics import read_rows, rows_of
 from tests.distributed.checkpoint_runs import damage
 from tests.small_run import start_run
 
 
+@pytest.mark.timeout(1200)  # three runs; a minute each where the machine is idle
 def test_the_stream_follows_back_to_the_older_checkpoint(recipe):
     run = recipe.parent / "runs"
     overrides = ("parallel.workers=2", "train.schedule=constant", "export.enabled=false", "checkpoint.every_steps=2", "eval.every_steps=0")
