@@ -105,14 +105,18 @@ class CheckpointSaver:
         self._current.stall_s = time.perf_counter() - began_s
         self._join()
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether this rank's thread is still at work on a save."""
+        return self._current is not None and self._current.thread is not None and self._current.thread.is_alive()
+
     def wait_published(self) -> None:
         """Returns when the save that is under way, if any, is published. Raises its CheckpointError on every rank."""
         self._join()
 
     def finished(self) -> list[Saved]:
         """The saves that were published since the last call, oldest first."""
-        save = self._current
-        if save is not None and save.thread is not None and not save.thread.is_alive() and save.error is None:
+        if self._current is not None and not self.is_saving and self._current.error is None:
             self._join()
         found, self._finished = self._finished, []
         return found

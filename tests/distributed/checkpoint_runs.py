@@ -13,6 +13,7 @@ from tests.distributed.layouts import Given, blocks_of, llama, make_config, make
 
 # An odd vocabulary: DeepSpeed splits the head in parts of 49 and 48 rows.
 MODEL = llama(vocab_size=97)
+MADE_STEPS = 50
 Layout = tuple[int, int, int]  # ZeRO stage, tensor size, data size
 LAYOUTS: list[Layout] = [(stage, tensor, data) for stage in range(4) for tensor in (1, 2) for data in (1, 2)]
 
@@ -53,9 +54,14 @@ def batches_from(config: RunConfig, mesh: Any, first_step: int, num_steps: int) 
 def given(config: RunConfig, mesh: Any, first_step: int, end_step: int) -> Given | None:
     if mesh.tensor_rank:
         return None
-    ids, segments = unequal_rows(end_step * config.train.batch_rows, config.data.seq_len)
+    ids, segments = _rows(config, end_step)
     first = first_step * config.train.batch_rows
     return Given(blocks_of(ids[first:], segments[first:], config.rank_rows, mesh.data_rank, mesh.data_size))
+
+
+def _rows(config: RunConfig, num_steps: int) -> Any:
+    """The same first rows, however many steps are asked for (up to MADE_STEPS)."""
+    return unequal_rows(max(MADE_STEPS, num_steps) * config.train.batch_rows, config.data.seq_len)
 
 
 def engine_layout(config: RunConfig) -> Any:
@@ -155,7 +161,7 @@ class _Rows:
 
     def begin(self, cursor: Any) -> Any:
         config, mesh = self._config, self._mesh
-        ids, segments = unequal_rows(config.train.steps * config.train.batch_rows, config.data.seq_len)
+        ids, segments = _rows(config, config.train.steps)
         first = cursor.offset
         for block in blocks_of(ids[first:], segments[first:], config.rank_rows, mesh.data_rank, mesh.data_size):
             block["position"][:, 2] += first

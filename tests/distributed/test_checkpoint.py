@@ -1,112 +1,216 @@
-"""A run that is cut in two by a checkpoint ends exactly as the uncut one."""
+"""A run that is cut in two by a checkpoint ends exactly as the uncut one; what is damaged, full or of another run does no harm."""
 
 from __future__ import annotations
 
-import hashlib
+import errno
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
-from llm.checkpoint.read import read_index, read_whole
-from llm.checkpoint.store import CheckpointStore
-from llm.config import S3Section
+from llm.checkpoint.digest import digest
+from llm.checkpoint.read import read_full_weights, read_index
 from llm.errors import CheckpointError
 from llm.metrics import read_rows, rows_of
-from tests.distributed.layouts import Given, blocks_of, llama, make_config, make_job, run_ranks, unequal_rows
+from tests.distributed.checkpoint_runs import (
+    MODEL,
+    Layout,
+    damage,
+    engine_layout,
+    layout_config,
+    open_store,
+    restore_and_go_on,
+    train_and_save,
+    train_run,
+)
+from tests.distributed.layouts import llama, make_job, run_ranks
 
 STEPS, CUT = 8, 4
 
 
-def _train(rank: int, world_size: int, config, run_uri: str, model=None) -> str:
-    """Trains to config.train.steps from the newest checkpoint; a hash over this rank's weights and moments."""
-    import torch.distributed as dist
-
-    from llm.checkpoint.fragments import Ownership
-    from llm.checkpoint.newest import newest_state
-    from llm.parallel.mesh import Mesh
-    from llm.train import loop
-
-    mesh = Mesh(rank, world_size, config.parallel.tensor)
-    job = make_job(config, model or llama(), run_uri)
-    state = newest_state(CheckpointStore(run_uri, S3Section()))
-    ids, segments = unequal_rows(STEPS * config.train.batch_rows, config.data.seq_len)
-    first = state.step * config.train.batch_rows
-    reader = None
-    if mesh.tensor_rank == 0:
-        reader = Given(blocks_of(ids[first:], segments[first:], config.rank_rows, mesh.data_rank, mesh.data_size))
-    engines = []
-    build = loop.build_engine
-    loop.build_engine = lambda *args: engines.append(build(*args)) or engines[0]
-    loop.train(job, mesh, reader, state)
-    digest = hashlib.sha256()
-    for fragment in Ownership(engines[0]).fragments():
-        for key, value in sorted((fragment.values() | fragment.undivided()).items()):
-            digest.update(f"{fragment.name}|{key}".encode() + value.detach().contiguous().numpy().tobytes())
-    dist.barrier()
-    return digest.hexdigest()
+def run(layout: Layout, steps: int, folder: Path, model: dict[str, Any] = MODEL, every: int = 0, **train: Any) -> list[str]:
+    config = layout_config(layout, steps, {"every_steps": every}, **train)
+    return run_ranks(train_run, config.parallel.workers, config, str(folder), model)
 
 
-def _config(steps: int, workers: int, tensor: int, stage: int, **train):
-    return make_config(
-        parallel={"workers": workers, "tensor": tensor, "zero_stage": stage},
-        train={"steps": steps, "microbatch_rows": 2, "schedule": "constant", **train},
-    )
+@pytest.mark.parametrize("layout", [(0, 1, 2), (1, 1, 2), (2, 1, 2), (3, 1, 2), (1, 2, 2), (3, 2, 1)])
+def test_resumed_equals_uninterrupted(tmp_path, layout):
+    expected = run(layout, STEPS, tmp_path / "whole")
+    run(layout, CUT, tmp_path / "cut")
+    assert run(layout, STEPS, tmp_path / "cut") == expected
+    assert open_store(str(tmp_path / "cut")).steps() == [STEPS, CUT]
 
 
-@pytest.mark.parametrize(("workers", "tensor", "stage"), [(2, 1, 0), (2, 1, 1), (2, 1, 2), (2, 1, 3), (4, 2, 1), (2, 2, 3)])
-def test_resumed_equals_uninterrupted(tmp_path, workers, tensor, stage):
-    whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
-    expected = run_ranks(_train, workers, _config(STEPS, workers, tensor, stage), whole)
-    run_ranks(_train, workers, _config(CUT, workers, tensor, stage), cut)
-    resumed = run_ranks(_train, workers, _config(STEPS, workers, tensor, stage), cut)
-    assert resumed == expected
-    assert CheckpointStore(cut, S3Section()).steps() == [STEPS, CUT]
+@pytest.mark.parametrize(("layout", "train"), [
+    ((1, 1, 2), {"optimizer": "sgd"}),
+    ((1, 1, 2), {"optimizer": "muon"}),
+    ((2, 1, 2), {"optimizer": "muon"}),
+    ((3, 1, 2), {"optimizer": "muon"}),
+    ((0, 1, 2), {"precision": "bf16"}),
+    ((1, 1, 2), {"precision": "bf16"}),
+    ((3, 1, 2), {"precision": "bf16"}),
+])  # fmt: skip
+def test_other_optimizers_and_master_weights_survive_too(tmp_path, layout, train):
+    """Saved every second step: Muon's momentum moves within the backward pass, so its copy must not be late."""
+    expected = run(layout, STEPS, tmp_path / "whole", every=2, **train)
+    run(layout, CUT + 1, tmp_path / "cut", every=2, **train)
+    assert run(layout, STEPS, tmp_path / "cut", every=2, **train) == expected
 
 
-@pytest.mark.parametrize(("optimizer", "stage"), [("sgd", 1), ("muon", 1), ("muon", 2), ("muon", 3)])
-def test_momentum_survives_too(tmp_path, optimizer, stage):
-    expected = run_ranks(_train, 2, _config(STEPS, 2, 1, stage, optimizer=optimizer), str(tmp_path / "whole"))
-    run_ranks(_train, 2, _config(CUT, 2, 1, stage, optimizer=optimizer), str(tmp_path / "cut"))
-    assert run_ranks(_train, 2, _config(STEPS, 2, 1, stage, optimizer=optimizer), str(tmp_path / "cut")) == expected
-
-
-# workers, tensor, zero stage, of the run that saves and of the one that goes on
-RELAYOUTS = [
-    ((2, 1, 1), (1, 1, 1)),
-    ((1, 1, 2), (2, 1, 3)),
-    ((2, 1, 0), (4, 2, 1)),
-    ((4, 2, 1), (2, 1, 2)),
-    ((2, 2, 3), (2, 1, 0)),
-    ((4, 1, 3), (2, 2, 0)),
-]
-
-
-@pytest.mark.parametrize(("saved", "goes_on"), RELAYOUTS)
-def test_another_layout_goes_on_with_the_same_losses_and_ledger(tmp_path, saved, goes_on):
-    """An odd vocabulary, so that a split head has unequal parts."""
-    model = llama(vocab_size=97)
-    whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
-    run_ranks(_train, 1, _config(STEPS, 1, 1, 1), whole, model)
-    run_ranks(_train, saved[0], _config(CUT, *saved), cut, model)
-    run_ranks(_train, goes_on[0], _config(STEPS, *goes_on), cut, model)
-    expected, resumed = (rows_of(read_rows(f"{run}/metrics.jsonl"), "step") for run in (whole, cut))
+@pytest.mark.parametrize(("saved", "goes_on", "model"), [
+    ((2, 1, 2), (1, 2, 2), llama(vocab_size=97, tie_word_embeddings=True)),
+    ((3, 2, 1), (0, 1, 2), llama(model_type="qwen2", vocab_size=97)),
+])  # fmt: skip
+def test_another_layout_goes_on_with_the_same_losses_and_ledger(tmp_path, saved, goes_on, model):
+    run((1, 1, 1), STEPS, tmp_path / "whole", model)
+    run(saved, CUT, tmp_path / "cut", model)
+    run(goes_on, STEPS, tmp_path / "cut", model)
+    expected, resumed = (rows_of(read_rows(tmp_path / name / "metrics.jsonl"), "step") for name in ("whole", "cut"))
     assert [row["ledger"] for row in resumed] == [row["ledger"] for row in expected]
     assert [row["loss"] for row in resumed] == pytest.approx([row["loss"] for row in expected], abs=1e-4)
-    opened = [CheckpointStore(run, S3Section()).open(STEPS) for run in (whole, cut)]
-    weights = [{(name, key): tensor for name, key, tensor in read_whole(each, read_index(each))} for each in opened]
-    for name, tensor in weights[0].items():
-        torch.testing.assert_close(weights[1][name], tensor, atol=2e-5, rtol=1e-3, msg=str(name))
 
 
-def test_another_kind_of_run_and_a_damaged_file_are_refused_by_name(tmp_path):
-    run = str(tmp_path / "run")
-    run_ranks(_train, 2, _config(CUT, 2, 1, 1), run)
+def test_the_newest_whole_checkpoint_is_taken_and_the_stream_begins_at_its_cursor(tmp_path):
+    layout = (1, 1, 2)
+    expected = run(layout, STEPS, tmp_path / "whole", every=2)
+    run(layout, 6, tmp_path / "cut", every=2)
+    for step, rank in ((6, 1), (4, 0)):
+        damage(tmp_path / "cut" / "checkpoints" / f"step-{step:08d}" / f"rank-0000{rank}.safetensors")
+    assert run(layout, STEPS, tmp_path / "cut", every=2) == expected
+    rows = read_rows(tmp_path / "cut" / "metrics.jsonl")
+    damaged = rows_of(rows, "event", "damaged")
+    assert [row["step"] for row in damaged] == [6, 4]
+    assert "rank 1 could not" in damaged[0]["reason"]
+    assert "are not those that were saved" in damaged[1]["reason"]
+    assert all(Path(row["path"]).is_dir() for row in damaged)
+    assert rows_of(rows, "event", "restart")[-1]["step"] == 2
+    assert [row["step"] for row in rows_of(rows, "step")] == list(range(1, STEPS + 1))
+    assert open_store(str(tmp_path / "cut")).steps()[:3] == [8, 6, 4]
+
+
+def test_a_run_that_lost_all_its_checkpoints_does_not_begin_anew(tmp_path):
+    run((1, 1, 2), CUT, tmp_path)
+    damage(tmp_path / "checkpoints" / f"step-{CUT:08d}" / "rank-00001.safetensors")
+    with pytest.raises(CheckpointError, match="holds no whole checkpoint of at most 4 steps"):
+        run((1, 1, 2), STEPS, tmp_path)
+
+
+def test_another_kind_of_run_is_refused_by_name(tmp_path):
+    run((1, 1, 2), CUT, tmp_path)
     with pytest.raises(CheckpointError, match="optimizer=adamw there, sgd here"):
-        run_ranks(_train, 2, _config(STEPS, 2, 1, 1, optimizer="sgd"), run)
-    damaged = Path(run) / "checkpoints" / f"step-{CUT:08d}" / "rank-00001.safetensors"
-    data = bytearray(damaged.read_bytes())
-    data[len(data) // 2] ^= 1
-    damaged.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"rank-00001\.safetensors is damaged|rank 1 could not read its part"):
-        run_ranks(_train, 2, _config(STEPS, 2, 1, 1), run)
+        run((1, 1, 2), STEPS, tmp_path, optimizer="sgd")
+    with pytest.raises(CheckpointError, match="saved from another model"):
+        run((1, 1, 2), STEPS, tmp_path, llama(vocab_size=97, hidden_size=64))
+    assert open_store(str(tmp_path)).steps() == [CUT], "a checkpoint that does not fit is not a damaged one"
+
+
+def test_muon_goes_to_the_same_layout_only(tmp_path):
+    run((1, 1, 2), CUT, tmp_path, optimizer="muon")
+    with pytest.raises(CheckpointError, match="Muon's state goes to the same layout only"):
+        run((2, 1, 2), STEPS, tmp_path, optimizer="muon")
+
+
+def _with_lora(model: Any) -> Any:
+    """Freezes the model and adds low-rank adapters to two matrices of each layer, as peft does, and a persistent buffer."""
+    import torch
+    from torch import nn
+
+    class Lora(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base_layer = base
+            self.lora_A = nn.Linear(base.in_features, 4, bias=False)
+            self.lora_B = nn.Linear(4, base.out_features, bias=False)
+            nn.init.zeros_(self.lora_B.weight)
+            self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+        def forward(self, x: Any) -> Any:
+            self.calls += 1
+            return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+    model.requires_grad_(False)
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        for layer in model.model.layers:
+            layer.self_attn.q_proj = Lora(layer.self_attn.q_proj)
+            layer.mlp.down_proj = Lora(layer.mlp.down_proj)
+    return model
+
+
+def _train_lora(act: Any, shift: float, rank: int, *args: Any) -> Any:
+    """`act` on a model with adapters, whose frozen weights are moved by `shift`: what the restored ones must not be."""
+    import torch
+
+    from llm.train import loop
+
+    build = loop.build_model
+
+    def build_model(*arguments: Any, **options: Any) -> Any:
+        model = build(*arguments, **options)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(shift)
+        return _with_lora(model)
+
+    loop.build_model = build_model
+    return act(rank, *args)
+
+
+@pytest.mark.parametrize("goes_on", [(0, 1, 2), (1, 1, 2), (2, 1, 1), (3, 1, 2)])
+@pytest.mark.parametrize("saved", [(0, 1, 1), (2, 1, 2), (3, 1, 2)])
+def test_frozen_weights_adapters_and_buffers_go_to_every_stage(tmp_path, saved, goes_on):
+    config = layout_config(saved, STEPS)
+    undisturbed = run_ranks(partial(_train_lora, train_and_save, 0.0), config.parallel.workers, config, str(tmp_path / "a"), CUT, MODEL)[0]
+    config = layout_config(goes_on, STEPS)
+    act = partial(_train_lora, restore_and_go_on, 0.01)
+    again, losses = run_ranks(act, config.parallel.workers, config, [str(tmp_path / "a")], str(tmp_path / "b"), CUT, MODEL)[0][0]
+    published = open_store(str(tmp_path / "a")).open(CUT)
+    kinds = [tensor.kind for tensor in read_index(published).tensors.values()]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"frozen": 21, "trained": 8, "buffer": 4}
+    assert int(dict(read_full_weights(published))["model.layers.0.mlp.down_proj.calls"]) > 0
+    assert again == digest(published)
+    assert losses == pytest.approx(undisturbed, abs=1e-4)
+
+
+def _full_disk(rank: int, world_size: int, run_uri: str) -> tuple[list[str], list[int]]:
+    """Rank 1's disk is full from the second save on; (errors, steps trained) of a loop that goes on saving."""
+    from llm.checkpoint.on_disk import DiskCheckpoints
+    from llm.checkpoint.save import CheckpointSaver
+    from llm.parallel.mesh import Mesh
+    from llm.state import TrainState
+    from llm.train.loop import build_engine, steps
+    from tests.distributed.checkpoint_runs import batches_from
+
+    config = layout_config((1, 1, 2), STEPS)
+    mesh, errors, trained = Mesh(rank, world_size, 1), [], []
+    engine = build_engine(make_job(config, MODEL), mesh)
+    saver = CheckpointSaver(engine, engine_layout(config), open_store(run_uri), keep=3)
+    write = DiskCheckpoints.write
+
+    def fails(self: Any, folder: str, name: str, chunks: Any) -> Any:
+        if name.startswith("rank-00001") and folder.startswith("step-00000004"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, folder, name, chunks)
+
+    DiskCheckpoints.write = fails
+    for state, _, _ in steps(make_job(config, MODEL), engine, batches_from(config, mesh, 0, STEPS), TrainState(), saver.wait_snapshot):
+        trained.append(state.step)
+        if state.step % 2 == 0:
+            try:
+                saver.save(state)
+            except CheckpointError as error:
+                errors.append(str(error))
+    saver.wait_published()
+    return errors, trained
+
+
+def test_a_full_disk_is_told_to_every_rank_at_the_next_save_and_hangs_nobody(tmp_path):
+    found = run_ranks(_full_disk, 2, str(tmp_path))
+    assert [trained for _, trained in found] == [list(range(1, STEPS + 1))] * 2
+    assert [len(errors) for errors, _ in found] == [1, 1]
+    assert "rank 1 could not write its part of the checkpoint; its own message says why" in found[0][0][0]
+    assert "No space left on device" in found[1][0][0]
+    assert "Free some space" in found[1][0][0]
+    assert open_store(str(tmp_path)).steps() == [8, 2], "the failed save raised instead of beginning that of step 6"
+    assert not list((tmp_path / "checkpoints").glob("*.tmp-*")), "what was written of it is gone"
