@@ -36,9 +36,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def export(run: str, to: str, step: int | None) -> int:
     """The step that was exported."""
-    config = read_config(run)
     if not is_s3(to) and Path(local_path(to)).exists():
         raise ConfigError(f"--to {to}: it exists, and nothing is overwritten. Name a new folder, or remove this one.")
+    config = read_config(run)
     published = choose(CheckpointStore(run, config.s3), step)
     tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.eos, config.s3)
     model = model_config(config.model, tokenizer.vocab_size, lambda uri: read_bytes(uri, config.s3))
