@@ -13,6 +13,8 @@ JOBS = {
     "pretrain": "train a language model from raw text",
     "prepare": "write the embedded corpus and its tokenizer to disk",
     "train-tokenizer": "train a tokenizer on the corpus",
+    "checkpoints": "list, verify, inspect and compare a run's checkpoints",
+    "export": "write a Hugging Face folder from any checkpoint of a run",
     "trace": "print the documents that made a step's batch",
 }
 USAGE = "usage: headrace COMMAND [options]      (headrace COMMAND --help tells the options; --version, --help)"

@@ -90,10 +90,14 @@ def write_bytes(uri: str, data: bytes | pa.Buffer, s3: S3Section, *, durable: bo
     """Creates or replaces a file as one act: a reader sees the old bytes or the new, never a part. Makes folders. What is `durable` is on
     the disk when this returns."""
     filesystem, path = open_storage(uri, s3)
+
+    def attempt() -> None:
+        with filesystem.open_output_stream(path, compression=None) as stream:  # else a name in .zst would be compressed twice
+            stream.write(data)
+
     with storage_errors(uri, s3, doing="write"):
         if is_s3(uri):
-            with filesystem.open_output_stream(path, compression=None) as stream:  # else a name in .zst would be compressed twice
-                stream.write(data)
+            patiently(attempt)  # pyarrow tries single requests again, and gives up the upload at a connection that was reset
         else:
             _write_local(Path(path), data, durable)
 

@@ -1,4 +1,8 @@
-"""A proxy on 127.0.0.1 that damages a share of an S3 server's answers: 503, a reset, a body cut short, silence.
+"""A proxy on 127.0.0.1 that damages a share of the requests to an S3 server: 503, a reset, a body cut short, silence.
+
+A GET's answer is cut short, or stops in the middle. Of what changes something, the request's own body is cut short on its way; a reset
+comes before the server heard of it or after it did it; and silence follows after it did it. A HEAD has no body: it is reset, or not
+answered.
 
 It forwards the Host header as it came, for AWS signatures cover it: the server sees the proxy's address, which is what the client signed.
 """
@@ -65,23 +69,23 @@ class _Handler(BaseHTTPRequestHandler):
         fault, where = proxy.choice()
         sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.close_connection = fault != "none"
-        if fault == "reset":
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            socket.close(self.connection.detach())  # with no time to linger, this sends a reset
-            return
         if fault == "503":
             self._answer(503, "Slow Down", [("Content-Type", "application/xml")], _BUSY, len(_BUSY))
             return
-        upstream = http.client.HTTPConnection(proxy.upstream, timeout=30)
-        try:
-            upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-            for name, value in self.headers.items():
-                upstream.putheader(name, value)
-            upstream.endheaders(sent or None)
-            answer = upstream.getresponse()
-            body = answer.read()
-        finally:
-            upstream.close()
+        if self.command == "GET":
+            if fault == "reset":
+                self._reset()
+                return
+        elif fault != "none":
+            if fault == "short":
+                self._send_short(sent, where)
+            elif fault == "stall" or where < 0.5:  # done, and nobody hears of it
+                self._ask(sent)
+            if fault == "stall":
+                proxy.stopping.wait(proxy.stall_s)
+            self._reset()
+            return
+        answer, body = self._ask(sent)
         headers = [(name, value) for name, value in answer.getheaders() if name.lower() not in (*_HOP_BY_HOP, "content-length")]
         length = int(answer.getheader("Content-Length") or 0) if self.command == "HEAD" else len(body)
         kept = body if fault == "none" else body[: int(where * len(body))]
@@ -89,6 +93,39 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "stall":
             self.wfile.flush()
             proxy.stopping.wait(proxy.stall_s)
+
+    def _ask(self, sent: bytes) -> tuple[http.client.HTTPResponse, bytes]:
+        """The server's answer."""
+        upstream = http.client.HTTPConnection(self.server.proxy.upstream, timeout=30)
+        try:
+            self._send_headers(upstream)
+            upstream.endheaders(sent or None)
+            answer = upstream.getresponse()
+            return answer, answer.read()
+        finally:
+            upstream.close()
+
+    def _send_short(self, sent: bytes, where: float) -> None:
+        """The server gets a part of the body that it was promised, and then the end of the connection."""
+        if not sent:
+            return
+        upstream = http.client.HTTPConnection(self.server.proxy.upstream, timeout=30)
+        try:
+            self._send_headers(upstream)
+            upstream.endheaders(sent[: int(where * len(sent))] or None)
+        finally:
+            upstream.close()
+
+    def _send_headers(self, upstream: http.client.HTTPConnection) -> None:
+        upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+        for name, value in self.headers.items():
+            if name.lower() != "expect":  # answered here
+                upstream.putheader(name, value)
+
+    def _reset(self) -> None:
+        self.close_connection = True
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        socket.close(self.connection.detach())  # with no time to linger, this sends a reset
 
     def _answer(self, status: int, reason: str, headers: list[tuple[str, str]], body: bytes, length: int) -> None:
         self.send_response_only(status, reason)

@@ -111,7 +111,7 @@ class DiskCheckpoints:
         """Changes when a file does; equal: no need to hash them again."""
         inside = self._at(step_folder(step), folder) if folder else self._at(step_folder(step))
         found: list[object] = []
-        for name in names:
+        for name in sorted(names):
             with suppress(FileNotFoundError):
                 info = os.lstat(f"{inside}/{name}")
                 found.append((name, info.st_ino, info.st_size, info.st_mtime_ns))

@@ -6,13 +6,13 @@ Trusts nothing: names, sizes and links are checked before a file is opened or me
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 from llm.checkpoint.manifest import BLOCK_BYTES, MANIFEST, FileEntry, Manifest
 from llm.checkpoint.strict_json import MAX_JSON_BYTES
 from llm.config import S3Section
-from llm.errors import CheckpointError, DamagedCheckpointError
+from llm.errors import DamagedCheckpointError
 from llm.storage import join, storage_errors
 
 
@@ -80,18 +80,22 @@ class Published:
         for number in range(len(self.entry(name).block_sha256)):
             yield self._block(name, number)
 
-    def damage(self, told: Callable[[str], None] | None = None) -> dict[str, str]:
-        """Reads everything: {file: what is wrong with it}, empty where all is as it was saved. `told` is called with each file's name."""
+    def damage(self) -> dict[str, str]:
+        """Reads everything: {file: what is wrong with it}, empty where all is as it was saved."""
         found: dict[str, str] = {}
         for name in self.files:
-            if told is not None:
-                told(name)
             try:
                 for _ in self.blocks(name):
                     pass
-            except CheckpointError as error:
+            except DamagedCheckpointError as error:
                 found[name] = str(error)
         return found
+
+    def require_whole(self) -> None:
+        """Reads everything; raises DamagedCheckpointError at the first byte that is not as it was saved."""
+        for name in self.files:
+            for _ in self.blocks(name):
+                pass
 
     def require_files(self) -> None:
         """Raises DamagedCheckpointError where a file is missing or has another size. Reads none: lists the folder."""

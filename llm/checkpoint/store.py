@@ -55,10 +55,10 @@ class CheckpointStore:
         if step in self.steps():
             if not self._damage(step):
                 raise CheckpointError(
-                    f"{self._at(step)} is there already, and whole. A run that goes back before it must set it aside first."
+                    f"{self.path_of(step)} is there already, and whole. A run that goes back before it must set it aside first."
                 )
             self.set_aside(step)
-        with storage_errors(self._at(step), self.s3, doing="write"):
+        with storage_errors(self.path_of(step), self.s3, doing="write"):
             return self._files.begin(step, uuid.uuid4().hex[:16])
 
     def write(self, folder: str, name: str, chunks: Iterable[Any]) -> FileEntry:
@@ -76,12 +76,12 @@ class CheckpointStore:
         inside = folder.partition("/")[2]  # on S3 the files stay where they are
         manifest = Manifest(step, inside, dict(entries))
         data = manifest.to_bytes()
-        Manifest.from_bytes(data, step, self._at(step))  # what could not be read is not published
-        with storage_errors(self._at(step), self.s3, doing="write"):
+        Manifest.from_bytes(data, step, self.path_of(step))  # what could not be read is not published
+        with storage_errors(self.path_of(step), self.s3, doing="write"):
             self._files.require_written(folder, dict(entries))
             self._files.publish(step, folder, data, self._fence)
             self._known_good[step] = (manifest, self._files.signature(step, inside, entries))
-        return self._at(step)
+        return self.path_of(step)
 
     def abandon(self, folder: str) -> None:
         """Removes what was written of a save that will not be published: a full disk has room again."""
@@ -104,7 +104,7 @@ class CheckpointStore:
                 good += not self._damage(step)
             elif step not in spared:
                 self._fence()
-                with storage_errors(self._at(step), self.s3, doing="remove"):
+                with storage_errors(self.path_of(step), self.s3, doing="remove"):
                     self._files.remove(step, uuid.uuid4().hex[:16])
                 removed.append(step)
         return removed
@@ -114,20 +114,20 @@ class CheckpointStore:
         Returns where it is now."""
         self._fence()
         self._known_good.pop(step, None)
-        with storage_errors(self._at(step), self.s3, doing="set aside"):
+        with storage_errors(self.path_of(step), self.s3, doing="set aside"):
             return self._files.set_aside(step, uuid.uuid4().hex[:16])
 
     def open(self, step: int) -> Published:
         """A published checkpoint, its manifest checked. Raises DamagedCheckpointError."""
-        with storage_errors(self._at(step), self.s3):
-            return Published(self._files, self._at(step), self.s3, step)
+        with storage_errors(self.path_of(step), self.s3):
+            return Published(self._files, self.path_of(step), self.s3, step)
 
     def _damage(self, step: int) -> list[str]:
         """What is wrong with a checkpoint, [] where nothing is. Hashes all its bytes unless this process did so before."""
         try:
             published = self.open(step)
             known = self._known_good.get(step)
-            with storage_errors(self._at(step), self.s3):
+            with storage_errors(self.path_of(step), self.s3):
                 signature = self._files.signature(step, published.manifest.folder, published.files)
             if known == (published.manifest, signature):
                 return []
@@ -138,5 +138,6 @@ class CheckpointStore:
             self._known_good[step] = (published.manifest, signature)
         return list(found.values())
 
-    def _at(self, step: int) -> str:
+    def path_of(self, step: int) -> str:
+        """The URI of a checkpoint's folder, be it there or not."""
         return join(self.uri, step_folder(step))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-MOST_STATES = 4096  # at one moment; where more are possible: the extremes, every single loss and survival, and a seeded sample
+MOST_STATES = 4096  # at one moment; where more are possible: the extremes, every single loss and survival, and so many at random
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Disk:
         else:
             raise AssertionError(op)
 
-    def states(self, rng: random.Random) -> Iterator[dict[str, bytes | None]]:
+    def states(self, rng: random.Random, most: int = MOST_STATES) -> Iterator[dict[str, bytes | None]]:
         """{path: bytes, None for a folder}, each distinct state once."""
         reachable = self._reachable()
         open_edits = [edit for edit in self.edits if not edit.certain and any(change[0] in reachable for change in edit.changes)]
@@ -93,7 +93,7 @@ class Disk:
         choices: list[list[Any]] = [[True, False]] * len(open_edits) + [each for each in variants.values() if len(each) > 1]
         unsettled = [inode for inode, each in variants.items() if len(each) > 1]
         seen: set[frozenset[tuple[str, bytes | None]]] = set()
-        for choice in _combinations(choices, rng):
+        for choice in _combinations(choices, rng, most):
             kept = {id(edit) for edit, keep in zip(open_edits, choice, strict=False) if keep}
             contents = {inode: each[0] for inode, each in variants.items()}
             contents |= dict(zip(unsettled, choice[len(open_edits) :], strict=True))
@@ -102,6 +102,10 @@ class Disk:
             if key not in seen:
                 seen.add(key)
                 yield tree
+
+    def now(self) -> dict[str, bytes | None]:
+        """What a running system sees."""
+        return self._tree({id(edit) for edit in self.edits}, {inode: file.data for inode, file in self.files.items()})
 
     def _reachable(self) -> set[int]:
         """Inodes that have a name in some state: the others' losses make no difference."""
@@ -172,11 +176,11 @@ def _variants(file: _File) -> list[bytes]:
     return list(dict.fromkeys(found))
 
 
-def _combinations(choices: list[list[Any]], rng: random.Random) -> Iterator[tuple[Any, ...]]:
+def _combinations(choices: list[list[Any]], rng: random.Random, most: int) -> Iterator[tuple[Any, ...]]:
     total = 1
     for each in choices:
         total *= len(each)
-    if total <= MOST_STATES:
+    if total <= most:
         yield from itertools.product(*choices)
         return
     first, last = [each[0] for each in choices], [each[-1] for each in choices]
@@ -185,16 +189,16 @@ def _combinations(choices: list[list[Any]], rng: random.Random) -> Iterator[tupl
         for i, each in enumerate(choices):
             for value in each:
                 yield (*base[:i], value, *base[i + 1 :])
-    for _ in range(MOST_STATES - 2 * sum(map(len, choices)) - 2):
+    for _ in range(most):
         yield tuple(rng.choice(each) for each in choices)
 
 
-def crash_states(ops: list[Op], seed: int = 0) -> Iterator[tuple[int, dict[str, bytes | None]]]:
+def crash_states(ops: list[Op], seed: int = 0, most: int = MOST_STATES) -> Iterator[tuple[int, dict[str, bytes | None]]]:
     """(number of operations begun, what is on the disk after a crash there) for every moment."""
     rng, disk = random.Random(seed), Disk()
     for number, op in enumerate([*ops, Op("mark", "end")]):
         if number == 0 or ops[number - 1].kind != "mark":
-            for tree in disk.states(rng):
+            for tree in disk.states(rng, most):
                 yield number, tree
         disk.apply(op)
 
