@@ -21,6 +21,12 @@ _jitter = random.Random()  # its own, so that the program's other random numbers
 _MAY_PASS = re.compile(
     r"AWS Error (NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|THROTTLING|REQUEST_TIMEOUT)|HTTP status (429|5\d\d)"
 )
+# What boto3 says of it.
+_BUSY_CODES = ("SlowDown", "Throttling", "ThrottlingException", "RequestThrottled", "RequestTimeout", "RequestTimeoutException")
+_LOST_CONNECTION = (
+    "ConnectTimeoutError", "ConnectionClosedError", "ConnectionError", "EndpointConnectionError", "HTTPClientError", "IncompleteReadError",
+    "ProxyConnectionError", "ReadTimeoutError", "ResponseStreamingError", "SSLError",
+)  # fmt: skip
 _PASSING = (errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.ECONNRESET)  # of network file systems
 
 
@@ -34,7 +40,7 @@ def patiently(attempt: Callable[[], T]) -> T:
     for number in range(READ_ATTEMPTS):
         try:
             return attempt()
-        except (OSError, pa.ArrowException) as error:
+        except Exception as error:  # botocore's errors share no base with OSError, and importing it costs 0.3 s
             if number + 1 >= READ_ATTEMPTS or not _may_pass(error):
                 raise
         time.sleep(FIRST_WAIT_S * 2**number * _jitter.uniform(0.5, 1))
@@ -42,4 +48,12 @@ def patiently(attempt: Callable[[], T]) -> T:
 
 
 def _may_pass(error: Exception) -> bool:
+    if type(error).__module__.startswith("botocore"):
+        answer = getattr(error, "response", None)
+        if isinstance(answer, dict):
+            status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            return status == 429 or status >= 500 or answer.get("Error", {}).get("Code") in _BUSY_CODES
+        return type(error).__name__ in _LOST_CONNECTION
+    if not isinstance(error, OSError | pa.ArrowException):
+        return False
     return isinstance(error, ShortReadError) or getattr(error, "errno", None) in _PASSING or _MAY_PASS.search(str(error)) is not None

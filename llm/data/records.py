@@ -79,8 +79,8 @@ def read_slice(piece: Slice, text_field: str, s3: S3Section) -> Iterator[Documen
     byte range of one, or each COMPRESSED_TEXT_BYTES of a compressed one, is a document of whole lines. Memory: a few
     chunks of 4 MiB and the longest line, or the row groups of a Parquet slice.
 
-    Raises StorageError when a file cannot be opened or the connection stays lost, DataError when its size changed since
-    it was listed.
+    Raises StorageError when a file cannot be opened or the connection stays lost, DataError when it changed since it was
+    listed.
     """
     for number, raw in enumerate(raw for file in piece.files for raw in _read_file(file, piece, text_field, s3)):
         if number % piece.num_stripes == piece.stripe:
@@ -88,7 +88,7 @@ def read_slice(piece: Slice, text_field: str, s3: S3Section) -> Iterator[Documen
 
 
 def _read_file(file: SourceFile, piece: Slice, text_field: str, s3: S3Section) -> Iterator[_Raw]:
-    with storage_errors(file.uri, s3), ExactFile(file.uri, file.size_bytes, s3) as stream:
+    with storage_errors(file.uri, s3), ExactFile(file.uri, file.size_bytes, file.version, s3) as stream:
         alone = len(piece.files) == 1
         if file.format == "parquet":
             groups = range(piece.start, piece.stop) if alone else range(len(file.row_group_bytes))
@@ -182,13 +182,13 @@ def _unpacked(stream: ExactFile, compression: Compression) -> Iterator[bytes]:
     """Chunks of the unpacked stream, over all gzip members or zstd frames; raises _DamagedError after the last good."""
     ready: list[bytes] = []
     ready_bytes = 0
-    damage: _DamagedError | None = None
+    damage: str | None = None  # not the error: it would hold this frame, and the frame it, with all that was unpacked
     bites = _unpacked_bites(stream, compression)
     while damage is None:
         try:
             unpacked = next(bites, None)
         except _DamagedError as error:
-            damage, unpacked = error, None
+            damage, unpacked = str(error), None
         if unpacked is not None:
             ready.append(unpacked)
             ready_bytes += len(unpacked)
@@ -199,7 +199,7 @@ def _unpacked(stream: ExactFile, compression: Compression) -> Iterator[bytes]:
                 yield whole[at : at + _UNPACKED_BYTES]
         if unpacked is None and damage is None:
             return
-    raise damage
+    raise _DamagedError(damage)
 
 
 def _unpacked_bites(stream: ExactFile, compression: Compression) -> Iterator[bytes]:
@@ -270,7 +270,9 @@ def _split_lines(chunks: Iterable[bytes], offset: int, stop: int | None = None) 
             if stop is not None and offset >= stop:
                 return
             line_bytes = held_bytes + len(line) + 1
-            whole = b"".join([*held, line, b"\n"]) if line_bytes <= MAX_LINE_BYTES else None
+            whole = None
+            if line_bytes <= MAX_LINE_BYTES:
+                whole = b"".join([*held, line, b"\n"]) if held else line + b"\n"
             held, held_bytes = [], 0  # before whoever asked makes copies of the line
             yield offset, whole
             offset += line_bytes
@@ -299,10 +301,11 @@ def _parquet_rows(file: SourceFile, stream: ExactFile, groups: range, text_field
             for scalar in batch.column(0):
                 yield _Raw(file.uri, row, scalar, bad=None if short or _value_bytes(scalar) <= MAX_LINE_BYTES else _TOO_LONG_VALUE)
                 row += 1
+        stream.check_unchanged()
     except (pa.ArrowException, OSError) as error:
         if is_io_error(error):
             raise
-        stream.check_size()
+        stream.check_unchanged()
         yield _Raw(file.uri, row, None, bad=f"damaged Parquet file: {str(error).splitlines()[0]}")
 
 
