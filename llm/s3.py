@@ -1,7 +1,8 @@
 """Connections to S3 and to what speaks its protocol, and what their errors mean in words.
 
 The bytes of a corpus go through boto3, which can ask for those of a known version only, and reads as fast as pyarrow (measured); so do
-listing and diagnosis, for it gives ETags in the listing and tells "no such bucket" from "access denied". All else goes through pyarrow. Credentials come from the environment, a profile or the instance's role, never from a configuration.
+listing and diagnosis, for it gives ETags in the listing and tells "no such bucket" from "access denied". All else goes through pyarrow.
+Credentials come from the environment, a profile or the instance's role, never from a configuration.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from llm.data.window import Packed, Provenance, Recipe, make_slice
 from llm.errors import ConfigError
 from llm.storage import is_s3, join, local_path, open_storage, read_bytes_or_none, storage_errors, write_bytes
 
-FORMAT = 2  # raise it when the same slice would be packed into other rows
+FORMAT = 3  # raise it when the same slice would be packed into other rows
 EVICT_TO_FRAC = 0.9
 CHECKS_PER_LIMIT = 20  # a process looks at the folder's size whenever it has written this fraction of the limit
 

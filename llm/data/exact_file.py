@@ -1,11 +1,11 @@
-"""A file of known size and version, read to the byte: a truncated read is never taken as the end of the file, nor another file as this one."""
+"""A file of known size and version, read to the byte: a truncated read is never its end, and no other file is taken for it."""
 
 from __future__ import annotations
 
 import errno
 import io
-import os
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -126,7 +126,7 @@ class ExactFile(io.RawIOBase):
         return self._file
 
     def _check_local(self) -> None:
-        found = os.stat(local_path(self.uri))
+        found = Path(local_path(self.uri)).stat()
         if found.st_size != self.size_bytes:
             raise self._changed(f"{self.size_bytes} bytes when listed, {found.st_size} now")
         if str(found.st_mtime_ns) != self.version:

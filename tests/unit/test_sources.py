@@ -304,7 +304,8 @@ def test_a_line_too_long_is_skipped(tmp_path: Path, name: str, monkeypatch: pyte
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())])
 def test_a_parquet_value_too_long_is_skipped(tmp_path: Path, kind: pa.DataType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(reading, "MAX_VALUE_BYTES", 1000)
+    monkeypatch.setattr(reading, "MAX_WHOLE_BYTES", 500)
     pq.write_table(pa.table({"text": pa.array(["a", None, "x" * 2000, "b"]).cast(kind)}), tmp_path / "a.parquet")
     found = records(tmp_path)
     assert [r.text for r in found if isinstance(r, Document)] == ["a", "b"]
