@@ -104,32 +104,32 @@ def s3_client(s3: S3Section, patient: bool = True) -> Any:
     """A boto3 client for `s3`. `patient=False` tries once, shortly: to learn why something failed."""
     endpoint = _endpoint(s3)
     if not patient:
-        return _client(s3, min(s3.connect_timeout_s, 5), min(s3.request_timeout_s, 10), attempts=1)
+        return _client(endpoint, s3.region, min(s3.connect_timeout_s, 5), min(s3.request_timeout_s, 10), attempts=1)
     if endpoint is not None:
         _check_reachable(endpoint, s3.connect_timeout_s)
-    return _client(s3, s3.connect_timeout_s, s3.request_timeout_s, S3_ATTEMPTS)
+    return _client(endpoint, s3.region, s3.connect_timeout_s, s3.request_timeout_s, S3_ATTEMPTS)
 
 
 def s3_reader(s3: S3Section) -> Any:
     """The boto3 client for readers that try again themselves: it tries each request once. One for each setting, with its open connections;
     threads may share it. Raises ConnectionError where nothing answers at the endpoint."""
-    return _s3_reader(s3, _aws_environment())
+    return _s3_reader(_endpoint(s3), s3.region, s3.connect_timeout_s, s3.request_timeout_s, _aws_environment())
 
 
 @lru_cache(maxsize=16)
-def _s3_reader(s3: S3Section, environment: tuple[tuple[str, str], ...]) -> Any:
+def _s3_reader(
+    endpoint: str | None, region: str | None, connect_timeout_s: float, read_timeout_s: float, environment: tuple[tuple[str, str], ...]
+) -> Any:
     """`environment` serves to notice that it changed."""
-    endpoint = _endpoint(s3)
     if endpoint is not None:
-        _check_reachable(endpoint, s3.connect_timeout_s)
-    return _client(s3, s3.connect_timeout_s, s3.request_timeout_s, attempts=1)
+        _check_reachable(endpoint, connect_timeout_s)
+    return _client(endpoint, region, connect_timeout_s, read_timeout_s, attempts=1)
 
 
-def _client(s3: S3Section, connect_timeout_s: float, read_timeout_s: float, attempts: int) -> Any:
+def _client(endpoint: str | None, region: str | None, connect_timeout_s: float, read_timeout_s: float, attempts: int) -> Any:
     import boto3
     from botocore.config import Config
 
-    endpoint = _endpoint(s3)
     config = Config(
         connect_timeout=connect_timeout_s,
         read_timeout=read_timeout_s,
@@ -137,7 +137,7 @@ def _client(s3: S3Section, connect_timeout_s: float, read_timeout_s: float, atte
         max_pool_connections=S3_CONNECTIONS,
         s3={"addressing_style": "path" if endpoint else "auto"},  # a name before a private host rarely resolves
     )
-    region = s3.region or os.environ.get("AWS_REGION") or ("us-east-1" if endpoint else None)
+    region = region or os.environ.get("AWS_REGION") or ("us-east-1" if endpoint else None)
     return boto3.Session().client("s3", endpoint_url=endpoint, region_name=region, config=config)
 
 

@@ -15,9 +15,9 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
@@ -135,6 +135,11 @@ def empty(rng: random.Random) -> Made:
     return line(text), text
 
 
+def book(lines: int) -> str:
+    rng = random.Random(0)
+    return "".join(f"line {rng.getrandbits(40):x} of the old caf\u00e9\n" for _ in range(lines))
+
+
 def marks(rng: random.Random) -> Made:
     text = words(rng) + "e" + "\u0301\u0323" * rng.randrange(200)
     return line(text), text
@@ -162,9 +167,9 @@ DEAR = (nested, huge_number, many_keys)
 # Each with its line, its text; once a corpus.
 GIANTS: dict[str, Callable[[], Made]] = {
     "a line of 50 MB": lambda: (line(long := random.Random(0).randbytes(25_000_000).hex()), long),
-    "a book of 50 MB": lambda: (line(long := "A \U0001f600.\n" + "the quick brown fox, and caf\u00e9 of old\n" * 1_200_000, id=7), long),
+    "a book of 50 MB": lambda: (line(long := "A \U0001f600.\n" + book(1_400_000), id=7), long),
     "a value of 16 MB": lambda: (line("v" + "word " * 3_300_000), "v" + ("word " * 3_300_000).rstrip()),
-    "a line of 60 MB": lambda: (line("ab" * 30_000_000), BAD),
+    "a line of 60 MB": lambda: (line(random.Random(0).randbytes(30_000_000).hex()), BAD),
     "long and broken": lambda: (line("word " * 5_000_000)[:-1], BAD),
     "long and not UTF-8": lambda: (line("word " * 5_000_000)[:-9] + b"\xff\"}", BAD),
     "long beside the text": lambda: (line("short", other="word " * 5_000_000), "short"),
@@ -270,16 +275,16 @@ def made_corpus(folder: Path, seed: int, records: int, per_file: int) -> Corpus:
     return corpus
 
 
-def giant_corpus(folder: Path, names: Sequence[str]) -> Corpus:
-    """A file for each of the giants, between two small records, plain and compressed and, the good ones, as Parquet rows."""
+def giant_corpus(folder: Path, name: str, kind: Literal["lines", "rows"]) -> Corpus:
+    """The giant between two small records: in three files of lines, plain and compressed, or as a Parquet row."""
     corpus = Corpus(folder, 0)
-    for name in names:
-        made = [good(corpus.rng), GIANTS[name](), good(corpus.rng)]
-        for suffix in (".jsonl", ".jsonl.gz", ".jsonl.zst"):
-            data = b"".join(each + b"\n" for each, _ in made)
-            corpus.add(suffix, packed(data, suffix, corpus.rng), made)
-        if made[1][1] is not BAD:
-            corpus.add_rows(made)
+    made = [good(corpus.rng), GIANTS[name](), good(corpus.rng)]
+    if kind == "rows":
+        corpus.add_rows(made)
+        return corpus
+    for suffix in (".jsonl", ".jsonl.gz", ".jsonl.zst"):
+        data = b"".join(each + b"\n" for each, _ in made)
+        corpus.add(suffix, packed(data, suffix, corpus.rng), made)
     return corpus
 
 

@@ -78,6 +78,10 @@ class _DamagedError(Exception):
     """Nothing more can be read from this stream; the text says why."""
 
 
+class _NoTextError(Exception):
+    """The record can be read, but not used; the text says why."""
+
+
 def read_slice(piece: Slice, text_field: str, s3: S3Section) -> Iterator[Document | BadRecord]:
     """The documents of a slice in file order, with a BadRecord in the place of each that is unusable.
 
@@ -115,42 +119,54 @@ def _parse(raw: _Raw, text_field: str) -> Document | BadRecord:
     if bad is not None:
         return BadRecord(uri, position, bad)
     try:
-        text: Any = value.as_py() if isinstance(value, pa.Scalar) else value
-        record = None
-        if isinstance(text, bytes | bytearray | memoryview) and len(text) > MAX_WHOLE_BYTES:
-            if not is_json:
-                for _ in pieces(text, 0, len(text)):  # before a piece is used, all must be right
-                    pass
-                return _long(pieces(text, 0, len(text)), uri, position)
-            record = LongRecord(text, MAX_WHOLE_BYTES)
-            text = record.rest
-        elif isinstance(text, bytes):
-            text = text.decode()
+        data = value.as_py() if isinstance(value, pa.Scalar) else value
+        if isinstance(data, bytes | bytearray | memoryview) and len(data) > MAX_WHOLE_BYTES:
+            return _parse_long(uri, position, data, is_json, text_field)
+        text: Any = data.decode() if isinstance(data, bytes) else data
         if is_json:
-            if len(text) > MAX_JSON_NODES and text.count("[") + text.count("{") > MAX_JSON_NODES:
-                return BadRecord(uri, position, f"JSON of more than {MAX_JSON_NODES} lists and objects")
-            found = json.loads(text.removeprefix("\ufeff")) if record is None else record.parsed()
-            if not isinstance(found, dict):
-                return BadRecord(uri, position, f"a JSON {type(found).__name__}, not an object")
-            if text_field not in found:
-                return BadRecord(uri, position, f"no field {text_field!r}")
-            text = found[text_field]
-            if record is not None and isinstance(text, str):
-                return _long(record.pieces_of(text), uri, position)
+            _check_nodes(text)
+            return Document(_text_in(json.loads(text.removeprefix("\ufeff")), text_field), uri, position)
+        return Document(_string(text, text_field), uri, position)
+    except _NoTextError as error:
+        return BadRecord(uri, position, str(error))
     except UnicodeDecodeError as error:
         return BadRecord(uri, position, f"not UTF-8 (byte {error.start}: {error.reason})")
     except RecursionError:
         return BadRecord(uri, position, "JSON nested too deeply")
     except ValueError as error:
         return BadRecord(uri, position, f"not JSON: {error}")
-    if not isinstance(text, str):
-        kind = "null" if text is None else type(text).__name__
-        return BadRecord(uri, position, f"field {text_field!r} is {kind}, not a string")
-    return Document(text, uri, position)
 
 
-def _long(text: Iterator[str], uri: str, position: int) -> Document:
+def _parse_long(uri: str, position: int, data: Any, is_json: bool, text_field: str) -> Document:
+    """Before a piece is used, all of them are looked at. Raises what `_parse` takes for a bad record."""
+    if is_json:
+        record = LongRecord(data, MAX_WHOLE_BYTES)
+        _check_nodes(record.rest)
+        text = record.pieces_of(_text_in(record.parsed(), text_field))
+    else:
+        for _ in pieces(data, 0, len(data)):
+            pass
+        text = pieces(data, 0, len(data))
     return Document(next(text, ""), uri, position, text)
+
+
+def _text_in(record: Any, text_field: str) -> str:
+    if not isinstance(record, dict):
+        raise _NoTextError(f"a JSON {type(record).__name__}, not an object")
+    if text_field not in record:
+        raise _NoTextError(f"no field {text_field!r}")
+    return _string(record[text_field], text_field)
+
+
+def _string(found: Any, text_field: str) -> str:
+    if not isinstance(found, str):
+        raise _NoTextError(f"field {text_field!r} is {'null' if found is None else type(found).__name__}, not a string")
+    return found
+
+
+def _check_nodes(text: str) -> None:
+    if len(text) > MAX_JSON_NODES and text.count("[") + text.count("{") > MAX_JSON_NODES:
+        raise _NoTextError(f"JSON of more than {MAX_JSON_NODES} lists and objects")
 
 
 def _one_text(file: SourceFile, lines: Iterable[Line]) -> Iterator[_Raw]:

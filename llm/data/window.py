@@ -21,10 +21,11 @@ import numpy as np
 from llm.config import CleanSection, S3Section
 from llm.data.clean import Cleaner
 from llm.data.encode import Encoder, Engine
-from llm.data.order import CorpusPlan
+from llm.data.order import CorpusPlan, Cursor
 from llm.data.pack import Rows, joined, narrowest, no_rows, pack, refilled, shuffle_order
 from llm.data.records import BadRecord, Document, read_slice
 from llm.data.slices import Slice
+from llm.state import COUNTED
 from llm.tokenizer import Tokenizer
 
 TOKENIZE_DOCUMENTS, TOKENIZE_CHARS = 256, 1 << 20  # given to the tokenizer at once: enough to amortize the call, little enough for memory
@@ -104,6 +105,39 @@ def make_window(
         sum((part.counts for part in parts), Counter()),
         tuple(record for part in parts for record in part.bad),
     )
+
+
+def with_empty_windows(
+    counts: np.ndarray,
+    position: np.ndarray,
+    windows_per_epoch: int,
+    begin: Callable[[], tuple[Recipe, Cursor]],
+    slice_rows: Callable[[Recipe, Slice], Packed] | None = None,
+) -> np.ndarray:
+    """The counts (int64, by COUNTED) of rows of the stream, with those of windows that gave no row, all their records being bad or short,
+    added to the first row of the next window that did.
+
+    `position`: (epoch, window, offset) of the rows, which follow one another. Where a window is missing between two rows, it was empty, and
+    is made once more; so is the one before the first row, where that begins a window: nothing here tells whether it was. `begin` gives the
+    recipe, and the cursor from which the pass over the stream began: windows before it were counted before. It is called only then.
+    """
+    numbers = position[:, 0] * windows_per_epoch + position[:, 1]
+    firsts = np.flatnonzero(position[:, 2] == 0)
+    before = np.where(firsts > 0, numbers[firsts - 1], -1)
+    firsts = firsts[before != numbers[firsts] - 1]
+    if not len(firsts):
+        return counts
+    recipe, cursor = begin()
+    began_with = cursor.epoch * windows_per_epoch + cursor.window
+    counts = counts.copy()
+    for first in firsts.tolist():
+        known = int(numbers[first - 1]) if first else began_with - 1
+        for number in range(int(numbers[first]) - 1, known, -1):
+            packed = make_window(recipe, *divmod(number, windows_per_epoch), cursor.began, slice_rows)
+            if len(packed.rows):
+                break
+            counts[first] += [packed.counts[name] for name in COUNTED]
+    return counts
 
 
 def make_slice(recipe: Recipe, piece: Slice) -> Packed:
