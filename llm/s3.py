@@ -1,7 +1,8 @@
 """Connections to S3 and to what speaks its protocol, and what their errors mean in words.
 
-Bytes go through pyarrow; listing and diagnosis go through boto3, which gives ETags in the listing and tells "no such bucket" from
-"access denied", as pyarrow does not. Credentials come from the environment, a profile or the instance's role, never from a configuration.
+The bytes of a corpus go through boto3, which can ask for those of a known version only, and reads as fast as pyarrow (measured); so do
+listing and diagnosis, for it gives ETags in the listing and tells "no such bucket" from "access denied". All else goes through pyarrow.
+Credentials come from the environment, a profile or the instance's role, never from a configuration.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pyarrow import fs as pafs
 from llm.config import S3Section
 
 S3_ATTEMPTS = 6  # with exponential waits, about 20 s: longer than a throttled bucket, shorter than a collective's time-out
+S3_CONNECTIONS = 16  # that a client keeps open: as many as threads read footers
 
 
 def s3_filesystem(bucket: str, s3: S3Section, patient: bool = True) -> pafs.S3FileSystem:
@@ -98,22 +100,44 @@ def _check_reachable(endpoint: str, timeout_s: float) -> None:
             connection.close()
 
 
-def s3_client(s3: S3Section, patient: bool = True, attempts: int = S3_ATTEMPTS) -> Any:
-    """A boto3 client for `s3`, which tries each request `attempts` times. `patient=False` tries once, shortly: to learn why something
-    failed."""
+def s3_client(s3: S3Section, patient: bool = True) -> Any:
+    """A boto3 client for `s3`. `patient=False` tries once, shortly: to learn why something failed."""
+    endpoint = _endpoint(s3)
+    if not patient:
+        return _client(endpoint, s3.region, min(s3.connect_timeout_s, 5), min(s3.request_timeout_s, 10), attempts=1)
+    if endpoint is not None:
+        _check_reachable(endpoint, s3.connect_timeout_s)
+    return _client(endpoint, s3.region, s3.connect_timeout_s, s3.request_timeout_s, S3_ATTEMPTS)
+
+
+def s3_once(s3: S3Section) -> Any:
+    """The boto3 client for those who try again themselves: it tries each request once. One for each setting, with its open connections;
+    threads may share it. Raises ConnectionError where nothing answers at the endpoint."""
+    return _s3_once(_endpoint(s3), s3.region, s3.connect_timeout_s, s3.request_timeout_s, _aws_environment())
+
+
+@lru_cache(maxsize=16)
+def _s3_once(
+    endpoint: str | None, region: str | None, connect_timeout_s: float, read_timeout_s: float, environment: tuple[tuple[str, str], ...]
+) -> Any:
+    """`environment` serves to notice that it changed."""
+    if endpoint is not None:
+        _check_reachable(endpoint, connect_timeout_s)
+    return _client(endpoint, region, connect_timeout_s, read_timeout_s, attempts=1)
+
+
+def _client(endpoint: str | None, region: str | None, connect_timeout_s: float, read_timeout_s: float, attempts: int) -> Any:
     import boto3
     from botocore.config import Config
 
-    endpoint = _endpoint(s3)
-    if patient and endpoint is not None:
-        _check_reachable(endpoint, s3.connect_timeout_s)
     config = Config(
-        connect_timeout=s3.connect_timeout_s if patient else min(s3.connect_timeout_s, 5),
-        read_timeout=s3.request_timeout_s if patient else min(s3.request_timeout_s, 10),
-        retries={"mode": "standard", "total_max_attempts": attempts if patient else 1},
+        connect_timeout=connect_timeout_s,
+        read_timeout=read_timeout_s,
+        retries={"mode": "standard", "total_max_attempts": attempts},
+        max_pool_connections=S3_CONNECTIONS,
         s3={"addressing_style": "path" if endpoint else "auto"},  # a name before a private host rarely resolves
     )
-    region = s3.region or os.environ.get("AWS_REGION") or ("us-east-1" if endpoint else None)
+    region = region or os.environ.get("AWS_REGION") or ("us-east-1" if endpoint else None)
     return boto3.Session().client("s3", endpoint_url=endpoint, region_name=region, config=config)
 
 
@@ -125,7 +149,7 @@ def explain_s3(error: Exception, bucket: str, s3: S3Section) -> str:
     """Cause and fix in words. pyarrow reports a missing bucket, a wrong key and no key alike: boto3 asks the server."""
     where = _endpoint(s3) or "AWS"
     code = _s3_code(error)
-    if code is None:
+    if code is None and not type(error).__module__.startswith("botocore"):
         try:
             client = s3_client(s3, patient=False)
             client.list_objects_v2(Bucket=bucket, MaxKeys=1)  # a HEAD would be refused without a body to say why

@@ -11,6 +11,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -74,16 +75,18 @@ def join(uri: str, *parts: str) -> str:
 def read_bytes(uri: str, s3: S3Section) -> bytes:
     """All of a file, as stored, at its full length: what was cut short is read again. Raises StorageError."""
     filesystem, path = open_storage(uri, s3, patient=False)
-
-    def attempt() -> bytes:
-        with filesystem.open_input_file(path) as stream:
-            data, size = stream.read(), stream.size()
-        if len(data) != size:
-            raise ShortReadError(f"only {len(data)} of {size} bytes came")
-        return data
-
     with storage_errors(uri, s3):
-        return patiently(attempt)
+        return patiently(partial(_whole, filesystem, path))
+
+
+def read_bytes_or_none(uri: str, s3: S3Section) -> bytes | None:
+    """`read_bytes`; None where there is no such file."""
+    filesystem, path = open_storage(uri, s3, patient=False)
+    with storage_errors(uri, s3):
+        try:
+            return patiently(partial(_whole, filesystem, path))
+        except FileNotFoundError:
+            return None
 
 
 def write_bytes(uri: str, data: bytes | pa.Buffer, s3: S3Section, *, durable: bool = True) -> None:
@@ -131,6 +134,14 @@ def storage_errors(uri: str, s3: S3Section, doing: str = "read") -> Iterator[Non
         caught = error
     why = explain_s3(caught, split_s3(uri)[0], s3) if is_s3(uri) else _explain_local(caught)
     raise StorageError(f"{uri}: cannot {doing}: {why}") from None
+
+
+def _whole(filesystem: pafs.FileSystem, path: str) -> bytes:
+    with filesystem.open_input_file(path) as stream:
+        data, size = stream.read(), stream.size()
+    if len(data) != size:
+        raise ShortReadError(f"only {len(data)} of {size} bytes came")
+    return data
 
 
 def _explain_local(error: Exception) -> str:

@@ -15,9 +15,9 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,7 @@ from llm.data.clean import Cleaner
 from llm.data.encode import Encoder, Engine
 from llm.data.order import CorpusPlan
 from llm.data.pack import DOCUMENT, OFFSET
+from llm.data.records import MAX_VALUE_BYTES
 from llm.data.slices import plan_slices
 from llm.data.sources import list_files
 from llm.data.window import Packed, Recipe, make_slice
@@ -134,6 +135,11 @@ def empty(rng: random.Random) -> Made:
     return line(text), text
 
 
+def book(lines: int) -> str:
+    rng = random.Random(0)
+    return "".join(f"line {rng.getrandbits(40):x} of the old caf\u00e9\n" for _ in range(lines))
+
+
 def marks(rng: random.Random) -> Made:
     text = words(rng) + "e" + "\u0301\u0323" * rng.randrange(200)
     return line(text), text
@@ -160,7 +166,14 @@ CHEAP: tuple[Callable[[random.Random], Made], ...] = (
 DEAR = (nested, huge_number, many_keys)
 # Each with its line, its text; once a corpus.
 GIANTS: dict[str, Callable[[], Made]] = {
-    "a line of 50 MB": lambda: (b'{"text": "' + random.Random(0).randbytes(25_000_000).hex().encode() + b'"}', BAD),
+    "a line of 50 MB": lambda: (line(long := random.Random(0).randbytes(25_000_000).hex()), long),
+    "a book of 50 MB": lambda: (line(long := "A \U0001f600.\n" + book(1_400_000), id=7), long),
+    "a value of 16 MB": lambda: (line("v" + "word " * 3_300_000), "v" + ("word " * 3_300_000).rstrip()),
+    "a line of 60 MB": lambda: (line(random.Random(0).randbytes(30_000_000).hex()), BAD),
+    "long and broken": lambda: (line("word " * 5_000_000)[:-1], BAD),
+    "long and not UTF-8": lambda: (line("word " * 5_000_000)[:-9] + b"\xff\"}", BAD),
+    "long beside the text": lambda: (line("short", other="word " * 5_000_000), "short"),
+    "too much beside the text": lambda: (line("short", other=["word " * 100] * 10_000), BAD),
     "the longest line": lambda: (line("longest " + "word " * 800_000 + "\U0001f600"), "longest " + "word " * 800_000 + "\U0001f600"),
     "short lines": lambda: (line(long := "lines\n" + "\u4e2da\n" * 650_000), long),
     "one word": lambda: (line("\u4e2d" * 1_390_000), "\u4e2d" * 1_390_000),
@@ -200,11 +213,12 @@ class Corpus:
         self.add(suffix, packed(data, suffix, self.rng), [(data, text)])
 
     def add_rows(self, made: list[Made]) -> None:
-        """A Parquet file of the texts; in the place of a bad one null or bytes that are not UTF-8."""
+        """A Parquet file of the texts; in the place of a bad one null or bytes that are not UTF-8. One that is too long is bad."""
         rows = [self.rng.choice([None, data + b"\xff"]) if text is BAD else text.encode("utf-8", "replace") for data, text in made]
         sink = io.BytesIO()
         pq.write_table(pa.table({"text": pa.array(rows, pa.binary())}), sink, row_group_size=self.rng.choice([10, 100, 1000]))
-        held = [(b"", text if text is BAD else text.encode("utf-8", "replace").decode()) for _, text in made]
+        readable = [text is not BAD and len(row or b"") <= MAX_VALUE_BYTES for row, (_, text) in zip(rows, made, strict=True)]
+        held = [(b"", (row or b"").decode() if good else BAD) for row, good in zip(rows, readable, strict=True)]
         self.add(".parquet", sink.getvalue(), held)
 
     def add_damaged(self, made: list[Made]) -> None:
@@ -261,16 +275,16 @@ def made_corpus(folder: Path, seed: int, records: int, per_file: int) -> Corpus:
     return corpus
 
 
-def giant_corpus(folder: Path, names: Sequence[str]) -> Corpus:
-    """A file for each of the giants, between two small records, plain and compressed and, the good ones, as Parquet rows."""
+def giant_corpus(folder: Path, name: str, kind: Literal["lines", "rows"]) -> Corpus:
+    """The giant between two small records: in three files of lines, plain and compressed, or as a Parquet row."""
     corpus = Corpus(folder, 0)
-    for name in names:
-        made = [good(corpus.rng), GIANTS[name](), good(corpus.rng)]
-        for suffix in (".jsonl", ".jsonl.gz", ".jsonl.zst"):
-            data = b"".join(each + b"\n" for each, _ in made)
-            corpus.add(suffix, packed(data, suffix, corpus.rng), made)
-        if made[1][1] is not BAD or name == "a line of 50 MB":
-            corpus.add_rows(made)
+    made = [good(corpus.rng), GIANTS[name](), good(corpus.rng)]
+    if kind == "rows":
+        corpus.add_rows(made)
+        return corpus
+    for suffix in (".jsonl", ".jsonl.gz", ".jsonl.zst"):
+        data = b"".join(each + b"\n" for each, _ in made)
+        corpus.add(suffix, packed(data, suffix, corpus.rng), made)
     return corpus
 
 

@@ -18,7 +18,7 @@ from llm.checkpoint.manifest import MANIFEST, EntryHasher, FileEntry
 from llm.config import S3Section
 from llm.errors import CheckpointError, DamagedCheckpointError
 from llm.retry import ShortReadError, patiently
-from llm.s3 import s3_client
+from llm.s3 import s3_once
 from llm.storage import split_s3
 
 PART_BYTES = 32 << 20  # of a multipart upload, which may have 10,000: files of up to 312 GiB
@@ -39,7 +39,7 @@ class S3Checkpoints:
         self.uri = uri
         self._bucket, key = split_s3(uri)
         self._prefix = key.strip("/") + "/"
-        self._client = s3_client(s3, attempts=1)
+        self._client = s3_once(s3)
 
     def steps(self) -> list[int]:
         found = [step for name in self._folders("") if (step := step_of(name)) is not None]
@@ -160,7 +160,7 @@ class S3Checkpoints:
             return data
 
         try:
-            return patiently(attempt, may_pass, ATTEMPTS)
+            return patiently(attempt, ATTEMPTS)
         except ShortReadError as error:
             raise DamagedCheckpointError(f"{self.uri}/{key} is damaged, or its server is: {error}.") from None
         except Exception as error:
@@ -181,7 +181,7 @@ class S3Checkpoints:
     def _call(self, method: Callable[..., T], **given: Any) -> T:
         if "Key" in given:
             given["Key"] = self._prefix + given["Key"]
-        return patiently(partial(method, Bucket=self._bucket, **given), may_pass, ATTEMPTS)
+        return patiently(partial(method, Bucket=self._bucket, **given), ATTEMPTS)
 
     def _list(self, prefix: str, **given: Any) -> Iterator[dict[str, Any]]:
         for page in self._pages(prefix, **given):
@@ -257,31 +257,6 @@ class _Upload:
             self._store._call(self._store._client.abort_multipart_upload, Key=self._key, UploadId=self._id)
 
 
-def may_pass(error: Exception) -> bool:
-    """Whether an error of boto3's may be gone the next time: connections, time-outs, a busy or failing server, a body cut short."""
-    response = getattr(error, "response", None)
-    if isinstance(response, dict):
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return status in (408, 409, 429) or status >= 500 or _code(error) in _PASSING
-    from botocore import exceptions as boto  # 0.3 s, and loaded already where an error of its can be
-    from botocore.parsers import ResponseParserError  # an answer that was cut short
-    from urllib3.exceptions import HTTPError
-
-    passing = (
-        ShortReadError,
-        ConnectionError,
-        TimeoutError,
-        HTTPError,
-        ResponseParserError,
-        boto.HTTPClientError,
-        boto.IncompleteReadError,
-    )
-    return isinstance(error, passing)
-
-
 def _code(error: Exception) -> str:
     response = getattr(error, "response", None)
     return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
-
-
-_PASSING = ("RequestTimeout", "SlowDown", "InternalError", "BadDigest", "IncompleteBody", "XAmzContentChecksumMismatch", "InvalidDigest")

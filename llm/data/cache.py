@@ -26,9 +26,9 @@ from llm.data.records import BadRecord
 from llm.data.slices import BYTES_PER_TOKEN, Slice
 from llm.data.window import Packed, Provenance, Recipe, make_slice
 from llm.errors import ConfigError
-from llm.storage import is_s3, join, local_path, open_storage, storage_errors, write_bytes
+from llm.storage import is_s3, join, local_path, open_storage, read_bytes_or_none, storage_errors, write_bytes
 
-FORMAT = 2  # raise it when the same slice would be packed into other rows
+FORMAT = 3  # raise it when the same slice would be packed into other rows
 EVICT_TO_FRAC = 0.9
 CHECKS_PER_LIMIT = 20  # a process looks at the folder's size whenever it has written this fraction of the limit
 
@@ -73,14 +73,17 @@ class TokenCache:
         return total
 
     def _read(self, uri: str, seq_len: int) -> Packed | None:
+        """None where it is not there, or damaged as it stands: what a connection cuts short is read again. Raises StorageError."""
+        data = read_bytes_or_none(uri, self.s3) if is_s3(uri) else None
+        if data is None and is_s3(uri):
+            return None
         try:
-            filesystem, path = open_storage(uri, self.s3)
-            with pa.memory_map(path) if not is_s3(uri) else filesystem.open_input_file(path) as source:
+            with pa.BufferReader(data) if data is not None else pa.memory_map(uri) as source:
                 found = _from_arrow(pa.ipc.open_file(source).read_all(), seq_len)
             if not is_s3(uri):
-                os.utime(path)  # it was used now
+                os.utime(uri)  # it was used now
             return found
-        except (pa.ArrowException, OSError, ValueError, KeyError):  # not there, or damaged
+        except (pa.ArrowException, OSError, ValueError, KeyError):
             return None
 
     def _write(self, uri: str, packed: Packed) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import sys
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from itertools import chain
 
 import ftfy
 
@@ -84,21 +85,50 @@ class Cleaner:
 
     def clean(self, text: str) -> str | None:
         """The cleaned text, or None when fewer than `min_chars` characters are left."""
+        changed_by: set[str] = set()
+        self.counts["chars_in"] += len(text)
+        text = self._cleaned(text, changed_by)
+        return text if self._kept(len(text), changed_by) else None
+
+    def clean_pieces(self, pieces: Iterable[str]) -> Iterator[str]:
+        """The cleaned pieces of one text; none when fewer than `min_chars` characters are left in all. Lines stay lines;
+        blank ones between two pieces go."""
+        changed_by: set[str] = set()
+        held: list[str] = []  # until there are enough characters
+        chars, newline = 0, ""
+        piece = ""
+        for following in chain(pieces, [None]):
+            self.counts["chars_in"] += len(piece)
+            ended = following is not None and piece.endswith("\n")
+            if cleaned := self._cleaned(piece[:-1] if ended else piece, changed_by):
+                if chars >= self.min_chars:
+                    yield from held
+                    held = []
+                held.append(newline + cleaned)
+                chars += len(held[-1])
+                newline = ""
+            newline = "\n" if ended and chars else newline
+            piece = following or ""
+        if self._kept(chars, changed_by):
+            yield from held
+
+    def _kept(self, chars: int, changed_by: set[str]) -> bool:
         counts = self.counts
         counts["documents"] += 1
-        counts["chars_in"] += len(text)
-        changed_by: set[str] = set()
+        for name in changed_by:
+            counts[name] += 1
+        if chars < self.min_chars:
+            counts["dropped_short"] += 1
+            return False
+        counts["chars_out"] += chars
+        return True
+
+    def _cleaned(self, text: str, changed_by: set[str]) -> str:
         for _ in range(_MAX_ROUNDS):
             before = text
             text = self._round(text, changed_by)
             if text == before or text.isascii():  # on ASCII one round is final
                 break
-        for name in changed_by:
-            counts[name] += 1
-        if len(text) < self.min_chars:
-            counts["dropped_short"] += 1
-            return None
-        counts["chars_out"] += len(text)
         return text
 
     def _round(self, text: str, changed_by: set[str]) -> str:

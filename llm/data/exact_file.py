@@ -1,8 +1,11 @@
-"""A file of known size, read to the byte: a truncated read is never taken as the end of the file."""
+"""A file of known size and version, read to the byte: a truncated read is never its end, and no other file is taken for it."""
 
 from __future__ import annotations
 
+import errno
 import io
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -10,36 +13,40 @@ import pyarrow as pa
 from llm.config import S3Section
 from llm.errors import DataError
 from llm.retry import ShortReadError, patiently
-from llm.storage import is_s3, open_storage, storage_errors
+from llm.s3 import s3_once
+from llm.storage import is_s3, local_path, split_s3, storage_errors
 
 
 class ExactFile(io.RawIOBase):
-    """One file for reading and seeking. `read(n)` gives `n` bytes, or those up to `size_bytes`, never fewer.
+    """One file for reading and seeking. `read(n)` gives `n` bytes, or those up to `size_bytes`, never fewer, and only of the `version` that
+    was listed: the ETag on S3, the modification time in ns on a disk.
 
-    After an error that may pass, a stall or a short read, it goes on from that byte, on the file opened anew (see `llm/retry.py`); what it
-    has is kept. Raises StorageError, with the place and the cause, when that did not help; DataError when the file has another size.
+    S3 is asked for the bytes of that version only (If-Match). A local file's size and time are looked at when it is opened and after each
+    read. After an error that may pass, a stall or a short read, it goes on from that byte, on the file opened anew (see `llm/retry.py`);
+    what it has is kept. Nothing is opened before the first read. Raises StorageError, with the place and the cause, when that did not help;
+    DataError when the file has another size or version.
     """
 
-    def __init__(self, uri: str, size_bytes: int, s3: S3Section) -> None:
-        self.uri, self.size_bytes = uri, size_bytes
+    def __init__(self, uri: str, size_bytes: int, version: str, s3: S3Section) -> None:
+        self.uri, self.size_bytes, self.version = uri, size_bytes, version
         self._s3 = s3
-        self._filesystem, self._path = open_storage(uri, s3, patient=False)
         self._at = 0
         self._file: pa.NativeFile | None = None
-        with storage_errors(uri, s3):
-            patiently(self._opened)
 
     @property
     def for_arrow(self) -> Any:
-        """What pyarrow reads Parquet from. For a local file pyarrow's own, which is faster: no network can cut its reads short. Where it
-        fails, `check_size` says whether the file has shrunk."""
-        return self if is_s3(self.uri) else self._opened()
-
-    def check_size(self) -> None:
-        """Raises DataError when the file no longer has the known size."""
+        """What pyarrow reads Parquet from. For a local file pyarrow's own, which is faster: no network can cut its reads short. Call
+        `check_unchanged` where it fails, and when it is done."""
+        if is_s3(self.uri):
+            return self
         with storage_errors(self.uri, self._s3):
-            self._reopen()
-            patiently(self._opened)
+            return patiently(self._opened)
+
+    def check_unchanged(self) -> None:
+        """Raises DataError when a local file is no longer the one that was listed. (On S3 each read made sure of that.)"""
+        if not is_s3(self.uri):
+            with storage_errors(self.uri, self._s3):
+                self._check_local()
 
     def read(self, size: int | None = -1) -> bytes:
         left = max(self.size_bytes - self._at, 0)
@@ -48,11 +55,8 @@ class ExactFile(io.RawIOBase):
 
         def attempt() -> None:
             missing = wanted - sum(map(len, parts))
-            try:
-                data = self._opened().read_at(missing, self._at + wanted - missing)
-            except BaseException:
-                self._reopen()
-                raise
+            offset = self._at + wanted - missing
+            data = self._s3_bytes(missing, offset) if is_s3(self.uri) else self._local_bytes(missing, offset)
             parts.append(data)
             if len(data) < missing:
                 self._reopen()
@@ -86,19 +90,52 @@ class ExactFile(io.RawIOBase):
         self._reopen()
         super().close()
 
+    def _s3_bytes(self, size: int, offset: int) -> bytes:
+        bucket, key = split_s3(self.uri)
+        wanted = {"Range": f"bytes={offset}-{offset + size - 1}", "IfMatch": f'"{self.version}"'}
+        try:
+            answer = s3_once(self._s3).get_object(Bucket=bucket, Key=key, **wanted)
+            with closing(answer["Body"]) as body:
+                data = body.read()
+        except Exception as error:
+            if type(error).__module__.startswith("urllib3"):  # of a broken body, what botocore does not make its own
+                raise ConnectionResetError(errno.ECONNRESET, str(error)) from None
+            status = (getattr(error, "response", None) or {}).get("ResponseMetadata", {}).get("HTTPStatusCode")
+            if status == 412:
+                raise self._changed("its ETag is another") from None
+            raise
+        if answer["ETag"].strip('"') != self.version:  # a server that does not know If-Match
+            raise self._changed("its ETag is another")
+        return data
+
+    def _local_bytes(self, size: int, offset: int) -> bytes:
+        try:
+            data = self._opened().read_at(size, offset)
+            self._check_local()
+        except BaseException:
+            self._reopen()
+            raise
+        return data
+
     def _opened(self) -> pa.NativeFile:
         if self.closed:
             raise ValueError(f"{self.uri}: read after it was closed")
         if self._file is None:
-            file = self._filesystem.open_input_file(self._path)
-            if (size := file.size()) != self.size_bytes:
-                file.close()
-                raise DataError(
-                    f"{self.uri}: changed during the run: {self.size_bytes} bytes when listed, {size} now.\n"
-                    "  Put the old file back, or start a run of another name on the new one."
-                )
-            self._file = file
+            self._file = pa.OSFile(local_path(self.uri))
+            self._check_local()
         return self._file
+
+    def _check_local(self) -> None:
+        found = Path(local_path(self.uri)).stat()
+        if found.st_size != self.size_bytes:
+            raise self._changed(f"{self.size_bytes} bytes when listed, {found.st_size} now")
+        if str(found.st_mtime_ns) != self.version:
+            raise self._changed("its modification time is another")
+
+    def _changed(self, what: str) -> DataError:
+        return DataError(
+            f"{self.uri}: changed since the run listed it: {what}.\n  Put the old file back, or start a run of another name on the new one."
+        )
 
     def _reopen(self) -> None:
         """The next read opens the file anew."""

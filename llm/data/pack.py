@@ -22,7 +22,7 @@ from itertools import pairwise
 import numpy as np
 
 MAX_GAP_FRAC = 0.001
-BLOCK_TOKENS = 1 << 20  # moved to their rows at once: the indices of all would take ten times the memory of the tokens
+BLOCK_TOKENS = 1 << 18  # moved to their rows at once: the indices of all would take ten times the memory of the tokens
 
 # Columns of `Rows.pieces`.
 ROW, COLUMN, DOCUMENT, OFFSET, LENGTH = range(5)

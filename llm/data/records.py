@@ -19,12 +19,17 @@ import zstandard
 
 from llm.config import S3Section
 from llm.data.exact_file import ExactFile
+from llm.data.long_text import LongRecord, pieces
 from llm.data.slices import Compression, Slice, SourceFile
 from llm.storage import storage_errors
 
-# A longer line, or Parquet value, is a broken file: it is skipped without being held in memory. Parsing, cleaning and tokenizing hold up to
-# a dozen copies of one, of 4 bytes a character, and 100 bytes for each list where the JSON is nothing but brackets.
-MAX_LINE_BYTES = 4 << 20
+# A longer line is skipped without being held in memory. One of 48 MiB takes itself, and twice its tokens, at most: with
+# 2 bytes a token, that is less than 256 MB more than short ones take, even where each byte is a token.
+MAX_LINE_BYTES = 48 << 20
+# What is longer than this is decoded, cleaned and tokenized piece by piece (`llm/data/long_text.py`): all at once, that takes up to a dozen
+# copies, of 4 bytes a character. What JSON holds besides its long strings must be shorter: it takes up to 100 bytes for each list.
+MAX_WHOLE_BYTES = 4 << 20
+MAX_VALUE_BYTES = 16 << 20  # of Parquet: pyarrow holds a value four times
 MAX_JSON_NODES = 1_000_000  # lists and objects in one line, or brackets in its text
 # A compressed stream that unpacks to more than so many times its size, by more than so many bytes, is a bomb: the rest of it is skipped.
 MAX_UNPACK_RATIO, MAX_UNPACK_EXCESS_BYTES = 200, 32 << 20
@@ -39,9 +44,10 @@ _PARQUET_BATCH_ROWS, _PARQUET_BATCH_BYTES = 256, 8 << 20  # whichever is less
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    text: str
+    text: str  # of more than MAX_WHOLE_BYTES: its first piece
     uri: str
     position: int  # byte offset in plain text and JSONL, line (from 1) in compressed JSONL, row (from 0) in Parquet
+    rest: Iterable[str] = ()  # the text's other pieces, to be read once
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +67,19 @@ class _Raw(NamedTuple):
     bad: str | None = None
 
 
+Line = tuple[int, int, bytes | bytearray | None]  # offset; number, from 1, of those that were split together; None where it is too long
+
+
 _TOO_LONG = f"a line of more than {MAX_LINE_BYTES >> 20} MiB"
-_TOO_LONG_VALUE = f"a value of more than {MAX_LINE_BYTES >> 20} MiB"
+_TOO_LONG_VALUE = f"a value of more than {MAX_VALUE_BYTES >> 20} MiB"
 
 
 class _DamagedError(Exception):
     """Nothing more can be read from this stream; the text says why."""
+
+
+class _NoTextError(Exception):
+    """The record can be read, but not used; the text says why."""
 
 
 def read_slice(piece: Slice, text_field: str, s3: S3Section) -> Iterator[Document | BadRecord]:
@@ -77,10 +90,10 @@ def read_slice(piece: Slice, text_field: str, s3: S3Section) -> Iterator[Documen
     yielded, then one BadRecord for the rest; so with a compressed stream that is a bomb: once it has unpacked to
     MAX_UNPACK_EXCESS_BYTES more than MAX_UNPACK_RATIO times its size, it is given up. A text file is one document; a
     byte range of one, or each COMPRESSED_TEXT_BYTES of a compressed one, is a document of whole lines. Memory: a few
-    chunks of 4 MiB and the longest line, or the row groups of a Parquet slice.
+    chunks of 4 MiB and the longest line, twice while it is put together, or the row groups of a Parquet slice.
 
-    Raises StorageError when a file cannot be opened or the connection stays lost, DataError when its size changed since
-    it was listed.
+    Raises StorageError when a file cannot be opened or the connection stays lost, DataError when it changed since it was
+    listed.
     """
     for number, raw in enumerate(raw for file in piece.files for raw in _read_file(file, piece, text_field, s3)):
         if number % piece.num_stripes == piece.stripe:
@@ -88,7 +101,7 @@ def read_slice(piece: Slice, text_field: str, s3: S3Section) -> Iterator[Documen
 
 
 def _read_file(file: SourceFile, piece: Slice, text_field: str, s3: S3Section) -> Iterator[_Raw]:
-    with storage_errors(file.uri, s3), ExactFile(file.uri, file.size_bytes, s3) as stream:
+    with storage_errors(file.uri, s3), ExactFile(file.uri, file.size_bytes, file.version, s3) as stream:
         alone = len(piece.files) == 1
         if file.format == "parquet":
             groups = range(piece.start, piece.stop) if alone else range(len(file.row_group_bytes))
@@ -97,7 +110,7 @@ def _read_file(file: SourceFile, piece: Slice, text_field: str, s3: S3Section) -
             yield from _compressed_records(file, stream)
         else:
             start, stop = (piece.start, piece.stop) if alone else (0, file.size_bytes)
-            lines = _lines_between(stream, start, stop)
+            lines = _lines_between(stream, start, stop, file.format == "jsonl")
             yield from _one_text(file, lines) if file.format == "text" else _json_lines(file, lines)
 
 
@@ -106,33 +119,59 @@ def _parse(raw: _Raw, text_field: str) -> Document | BadRecord:
     if bad is not None:
         return BadRecord(uri, position, bad)
     try:
-        text: Any = value if isinstance(value, bytes) else value.as_py()
-        if isinstance(text, bytes):
-            text = text.decode()
+        data = value.as_py() if isinstance(value, pa.Scalar) else value
+        if isinstance(data, bytes | bytearray | memoryview) and len(data) > MAX_WHOLE_BYTES:
+            return _parse_long(uri, position, data, is_json, text_field)
+        text: Any = data.decode() if isinstance(data, bytes) else data
         if is_json:
-            if len(text) > MAX_JSON_NODES and text.count("[") + text.count("{") > MAX_JSON_NODES:
-                return BadRecord(uri, position, f"JSON of more than {MAX_JSON_NODES} lists and objects")
-            record = json.loads(text.removeprefix("\ufeff"))
-            if not isinstance(record, dict):
-                return BadRecord(uri, position, f"a JSON {type(record).__name__}, not an object")
-            if text_field not in record:
-                return BadRecord(uri, position, f"no field {text_field!r}")
-            text = record[text_field]
+            _check_nodes(text)
+            return Document(_text_in(json.loads(text.removeprefix("\ufeff")), text_field), uri, position)
+        return Document(_string(text, text_field), uri, position)
+    except _NoTextError as error:
+        return BadRecord(uri, position, str(error))
     except UnicodeDecodeError as error:
         return BadRecord(uri, position, f"not UTF-8 (byte {error.start}: {error.reason})")
     except RecursionError:
         return BadRecord(uri, position, "JSON nested too deeply")
     except ValueError as error:
         return BadRecord(uri, position, f"not JSON: {error}")
-    if not isinstance(text, str):
-        kind = "null" if text is None else type(text).__name__
-        return BadRecord(uri, position, f"field {text_field!r} is {kind}, not a string")
-    return Document(text, uri, position)
 
 
-def _one_text(file: SourceFile, lines: Iterable[tuple[int, bytes | None]]) -> Iterator[_Raw]:
+def _parse_long(uri: str, position: int, data: Any, is_json: bool, text_field: str) -> Document:
+    """Before a piece is used, all of them are looked at. Raises what `_parse` takes for a bad record."""
+    if is_json:
+        record = LongRecord(data, MAX_WHOLE_BYTES)
+        _check_nodes(record.rest)
+        text = record.pieces_of(_text_in(record.parsed(), text_field))
+    else:
+        for _ in pieces(data, 0, len(data)):
+            pass
+        text = pieces(data, 0, len(data))
+    return Document(next(text, ""), uri, position, text)
+
+
+def _text_in(record: Any, text_field: str) -> str:
+    if not isinstance(record, dict):
+        raise _NoTextError(f"a JSON {type(record).__name__}, not an object")
+    if text_field not in record:
+        raise _NoTextError(f"no field {text_field!r}")
+    return _string(record[text_field], text_field)
+
+
+def _string(found: Any, text_field: str) -> str:
+    if not isinstance(found, str):
+        raise _NoTextError(f"field {text_field!r} is {'null' if found is None else type(found).__name__}, not a string")
+    return found
+
+
+def _check_nodes(text: str) -> None:
+    if len(text) > MAX_JSON_NODES and text.count("[") + text.count("{") > MAX_JSON_NODES:
+        raise _NoTextError(f"JSON of more than {MAX_JSON_NODES} lists and objects")
+
+
+def _one_text(file: SourceFile, lines: Iterable[Line]) -> Iterator[_Raw]:
     first, parts = -1, []
-    for offset, line in lines:
+    for offset, _, line in lines:
         first = offset if first < 0 else first
         if line is None:
             yield _Raw(file.uri, first, None, bad=_TOO_LONG)
@@ -142,8 +181,8 @@ def _one_text(file: SourceFile, lines: Iterable[tuple[int, bytes | None]]) -> It
         yield _Raw(file.uri, first, b"".join(parts))
 
 
-def _json_lines(file: SourceFile, lines: Iterable[tuple[int, bytes | None]]) -> Iterator[_Raw]:
-    for position, line in lines:
+def _json_lines(file: SourceFile, lines: Iterable[Line]) -> Iterator[_Raw]:
+    for position, _, line in lines:
         if line is None:
             yield _Raw(file.uri, position, None, bad=_TOO_LONG)
         elif not line.isspace():
@@ -154,13 +193,12 @@ def _compressed_records(file: SourceFile, stream: ExactFile) -> Iterator[_Raw]:
     """JSONL: one record a line, at its number. Text: pieces of whole lines, each at its offset in the unpacked text."""
     assert file.compression is not None
     number, start, end = 0, 0, 0
-    parts: list[bytes] = []
+    parts: list[bytes | bytearray] = []
     bad: str | None = None
     try:
-        for number, (offset, line) in enumerate(_split_lines(_unpacked(stream, file.compression), 0), 1):
+        for offset, number, line in _split_lines(_unpacked(stream, file.compression), 0, skip_empty=file.format == "jsonl"):
             if file.format == "jsonl":
-                if line is None or not line.isspace():
-                    yield from _json_lines(file, [(number, line)])
+                yield from _json_lines(file, [(number, number, line)])
                 continue
             if line is None:
                 bad = _TOO_LONG
@@ -182,13 +220,13 @@ def _unpacked(stream: ExactFile, compression: Compression) -> Iterator[bytes]:
     """Chunks of the unpacked stream, over all gzip members or zstd frames; raises _DamagedError after the last good."""
     ready: list[bytes] = []
     ready_bytes = 0
-    damage: _DamagedError | None = None
+    damage: str | None = None  # not the error: it would hold this frame, and the frame it, with all that was unpacked
     bites = _unpacked_bites(stream, compression)
     while damage is None:
         try:
             unpacked = next(bites, None)
         except _DamagedError as error:
-            damage, unpacked = error, None
+            damage, unpacked = str(error), None
         if unpacked is not None:
             ready.append(unpacked)
             ready_bytes += len(unpacked)
@@ -199,7 +237,7 @@ def _unpacked(stream: ExactFile, compression: Compression) -> Iterator[bytes]:
                 yield whole[at : at + _UNPACKED_BYTES]
         if unpacked is None and damage is None:
             return
-    raise damage
+    raise _DamagedError(damage)
 
 
 def _unpacked_bites(stream: ExactFile, compression: Compression) -> Iterator[bytes]:
@@ -232,8 +270,8 @@ def _unpacked_bites(stream: ExactFile, compression: Compression) -> Iterator[byt
         raise _DamagedError(f"truncated {compression} stream")
 
 
-def _lines_between(stream: ExactFile, start: int, stop: int) -> Iterator[tuple[int, bytes | None]]:
-    """(offset, line) of the lines that begin in bytes [start, stop), each at 0 or after a newline. None: too long."""
+def _lines_between(stream: ExactFile, start: int, stop: int, skip_empty: bool) -> Iterator[Line]:
+    """The lines that begin in bytes [start, stop), each at 0 or after a newline."""
     position = max(start - 1, 0)
     chunks = _chunks(stream, position, stop)
     if start > 0:
@@ -246,22 +284,26 @@ def _lines_between(stream: ExactFile, start: int, stop: int) -> Iterator[tuple[i
             position += len(chunk)
             if position >= stop:
                 return
-    yield from _split_lines(chunks, position, stop)
+    yield from _split_lines(chunks, position, stop, skip_empty)
 
 
 def _chunks(stream: ExactFile, position: int, stop: int) -> Iterator[bytes]:
     stream.seek(position)
-    while chunk := stream.read(min(_CHUNK_BYTES, stop - position) if position < stop else _TAIL_BYTES):
+    tail_bytes = _TAIL_BYTES
+    while chunk := stream.read(min(_CHUNK_BYTES, stop - position) if position < stop else tail_bytes):
+        if position >= stop:
+            tail_bytes = min(2 * tail_bytes, _CHUNK_BYTES)
         position += len(chunk)
         yield chunk
 
 
-def _split_lines(chunks: Iterable[bytes], offset: int, stop: int | None = None) -> Iterator[tuple[int, bytes | None]]:
-    """(offset, line with its newline) of the lines that begin before `stop`; the line is None where it is too long.
+def _split_lines(chunks: Iterable[bytes], offset: int, stop: int | None = None, skip_empty: bool = False) -> Iterator[Line]:
+    """The lines that begin before `stop`, with their newlines; the last may lack it. Empty ones are only counted where they are skipped.
 
-    `offset` is where the chunks begin, which is where a line begins. The last line may lack its newline.
+    `offset` is where the chunks begin, which is where a line begins.
     """
-    held: list[bytes] = []  # the beginning of a line that no chunk has ended yet
+    number = 0
+    held = bytearray()  # the beginning of a line that no chunk has ended yet; it grows in place
     held_bytes = 0  # its length, also when it is too long to be held
     for chunk in chunks:
         lines = chunk.split(b"\n")
@@ -269,21 +311,38 @@ def _split_lines(chunks: Iterable[bytes], offset: int, stop: int | None = None) 
         for line in lines:
             if stop is not None and offset >= stop:
                 return
+            number += 1
+            if skip_empty and not line and not held_bytes:
+                offset += 1
+                continue
             line_bytes = held_bytes + len(line) + 1
-            whole = b"".join([*held, line, b"\n"]) if line_bytes <= MAX_LINE_BYTES else None
-            held, held_bytes = [], 0  # before whoever asked makes copies of the line
-            yield offset, whole
+            if not held_bytes:
+                whole = line + b"\n" if line_bytes <= MAX_LINE_BYTES else None
+            else:
+                held += line
+                held += b"\n"
+                whole, held, held_bytes = _whole_line(held, line_bytes), bytearray(), 0
+            yield offset, number, whole
+            del whole  # before the next one is read
             offset += line_bytes
         if not last:
             continue
-        held.append(last)
         held_bytes += len(last)
-        if held_bytes > MAX_LINE_BYTES:
-            held = []
+        if held_bytes <= MAX_LINE_BYTES:
+            held += last
+        else:
+            held = bytearray()
             if stop is not None and offset + held_bytes >= stop:
                 break  # no other line begins in this range: do not look for the end of this one
     if held_bytes and (stop is None or offset < stop):
-        yield offset, b"".join(held) if held_bytes <= MAX_LINE_BYTES else None
+        yield offset, number + 1, _whole_line(held, held_bytes)
+
+
+def _whole_line(line: bytearray, line_bytes: int) -> bytes | bytearray | None:
+    """None where it is too long. A long one is not copied."""
+    if line_bytes > MAX_LINE_BYTES:
+        return None
+    return line if line_bytes > MAX_WHOLE_BYTES else bytes(line)
 
 
 def _parquet_rows(file: SourceFile, stream: ExactFile, groups: range, text_field: str) -> Iterator[_Raw]:
@@ -295,20 +354,26 @@ def _parquet_rows(file: SourceFile, stream: ExactFile, groups: range, text_field
         row_bytes = sum(file.row_group_bytes[groups.start : groups.stop]) // max(rows, 1)
         batch_rows = max(1, min(_PARQUET_BATCH_ROWS, _PARQUET_BATCH_BYTES // max(row_bytes, 1)))
         for batch in table.iter_batches(batch_rows, list(groups), [text_field], use_threads=False):
-            short = batch.column(0).nbytes <= MAX_LINE_BYTES
+            short = batch.column(0).nbytes <= MAX_WHOLE_BYTES
             for scalar in batch.column(0):
-                yield _Raw(file.uri, row, scalar, bad=None if short or _value_bytes(scalar) <= MAX_LINE_BYTES else _TOO_LONG_VALUE)
+                value = scalar if short else _short_or_view(scalar)
+                yield _Raw(file.uri, row, value, bad=_TOO_LONG_VALUE if value is None else None)
                 row += 1
+        stream.check_unchanged()
     except (pa.ArrowException, OSError) as error:
         if is_io_error(error):
             raise
-        stream.check_size()
+        stream.check_unchanged()
         yield _Raw(file.uri, row, None, bad=f"damaged Parquet file: {str(error).splitlines()[0]}")
 
 
-def _value_bytes(scalar: Any) -> int:
-    buffer = (scalar.value if isinstance(scalar, pa.DictionaryScalar) else scalar) if scalar.is_valid else None
-    return 0 if buffer is None else buffer.as_buffer().size
+def _short_or_view(scalar: Any) -> Any:
+    """A long value as its bytes in place; None for one that is too long."""
+    value = scalar.value if isinstance(scalar, pa.DictionaryScalar) else scalar
+    buffer = value.as_buffer() if scalar.is_valid else None
+    if buffer is None or buffer.size <= MAX_WHOLE_BYTES:
+        return scalar
+    return memoryview(buffer) if buffer.size <= MAX_VALUE_BYTES else None
 
 
 def is_io_error(error: Exception) -> bool:

@@ -80,14 +80,14 @@ def _kind(path: str) -> tuple[Format, Compression | None] | None:
 def _with_row_groups(file: SourceFile, text_field: str, s3: S3Section) -> SourceFile:
     if file.format != "parquet":
         return file
-    with storage_errors(file.uri, s3), ExactFile(file.uri, file.size_bytes, s3) as stream:
+    with storage_errors(file.uri, s3), ExactFile(file.uri, file.size_bytes, file.version, s3) as stream:
         try:
             footer = pq.read_metadata(stream.for_arrow)
             schema = footer.schema.to_arrow_schema()
         except (pa.ArrowException, OSError) as error:
             if is_io_error(error):
                 raise
-            stream.check_size()
+            stream.check_unchanged()
             why = str(error).splitlines()[0]
             raise DataError(f"{file.uri}: not a readable Parquet file: {why}. Write it again, or remove it.") from None
     texts = [field.name for field in schema if _is_text(field.type)]

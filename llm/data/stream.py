@@ -17,7 +17,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ from llm.data.order import Cursor
 from llm.data.pack import narrowest
 from llm.data.run_ahead import RUN_AHEAD, RunAhead
 from llm.data.start_file import StartFile
-from llm.data.window import Packed, Recipe, make_window
+from llm.data.window import Packed, Recipe, make_window, with_empty_windows
 from llm.errors import DataError
 from llm.state import COUNTED
 from llm.storage import join, write_bytes
@@ -90,7 +90,8 @@ def sequences(
     multiple of batch_rows / data_size rows.
 
     Columns: `ids`, `segments` (seq_len + 1), integers as wide as needed; `position` int64 (epoch, window, offset) of the row; `counts`
-    int64, COUNTED of the row's window, on its first row only (0 elsewhere), so that sums over rows count each record once.
+    int64, COUNTED of the row's window and of those right before it that gave no row, on its first row only (0 elsewhere), so that sums over
+    rows count each record once.
     """
     context = _safe_context()
     context.execution_options.preserve_order = True
@@ -101,18 +102,27 @@ def sequences(
     num_windows = min(MAX_WINDOWS, 2 + int(num_rows * row_bytes / max(1.0, recipe.plan.bytes_per_window)))
     context.set_config(RUN_AHEAD, (windows_ahead, 2 * group_rows))
     context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, RunAhead])
-    shared = ray.put(recipe)
+    shared, windows_per_epoch = ray.put(recipe), recipe.plan.windows_per_epoch
 
     def tokenize(batch: Any) -> Iterator[Any]:
         held, cursor = _held(shared), start.read()
         for number in batch["id"].tolist():
             yield from _window_block(held, cursor, number, quarantine, cache)
 
+    def deal(rows: Any) -> dict[str, np.ndarray]:
+        if len(rows["ids"]) == group_rows:
+            slice_rows = cache.slice if cache else None
+            counts = with_empty_windows(
+                rows["counts"], rows["position"], windows_per_epoch, lambda: (_held(shared), start.read()), slice_rows
+            )
+            rows = rows | {"counts": counts}
+        return rank_major(group_rows, group, data_size, rows)
+
     # Not ray.data.range: its numbers would be made by tasks, which take turns with tokenizing.
     numbers = ray.data.from_items([{"id": n} for n in range(num_windows)], override_num_blocks=num_windows)
     windows = numbers.map_batches(tokenize, batch_size=1, compute=ray.data.TaskPoolStrategy(windows_ahead), num_cpus=1)
     # Ray makes one stage of these two, because blocks divide groups: its tasks are given whole groups, cut from one or more windows.
-    by_rank = windows.map_batches(partial(rank_major, group_rows, group, data_size), batch_size=group_rows)
+    by_rank = windows.map_batches(deal, batch_size=group_rows)
     return by_rank.repartition(target_num_rows_per_block=group_rows // data_size, strict=True)
 
 

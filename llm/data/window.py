@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -21,13 +21,14 @@ import numpy as np
 from llm.config import CleanSection, S3Section
 from llm.data.clean import Cleaner
 from llm.data.encode import Encoder, Engine
-from llm.data.order import CorpusPlan
+from llm.data.order import CorpusPlan, Cursor
 from llm.data.pack import Rows, joined, narrowest, no_rows, pack, refilled, shuffle_order
 from llm.data.records import BadRecord, Document, read_slice
 from llm.data.slices import Slice
+from llm.state import COUNTED
 from llm.tokenizer import Tokenizer
 
-TOKENIZE_DOCUMENTS, TOKENIZE_CHARS = 256, 4 << 20  # given to the tokenizer at once: enough to amortize the call, little enough for memory
+TOKENIZE_DOCUMENTS, TOKENIZE_CHARS = 256, 1 << 20  # given to the tokenizer at once: enough to amortize the call, little enough for memory
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,39 @@ def make_window(
     )
 
 
+def with_empty_windows(
+    counts: np.ndarray,
+    position: np.ndarray,
+    windows_per_epoch: int,
+    begin: Callable[[], tuple[Recipe, Cursor]],
+    slice_rows: Callable[[Recipe, Slice], Packed] | None = None,
+) -> np.ndarray:
+    """The counts (int64, by COUNTED) of rows of the stream, with those of windows that gave no row, all their records being bad or short,
+    added to the first row of the next window that did.
+
+    `position`: (epoch, window, offset) of the rows, which follow one another. Where a window is missing between two rows, it was empty, and
+    is made once more; so is the one before the first row, where that begins a window: nothing here tells whether it was. `begin` gives the
+    recipe, and the cursor from which the pass over the stream began: windows before it were counted before. It is called only then.
+    """
+    numbers = position[:, 0] * windows_per_epoch + position[:, 1]
+    firsts = np.flatnonzero(position[:, 2] == 0)
+    before = np.where(firsts > 0, numbers[firsts - 1], -1)
+    firsts = firsts[before != numbers[firsts] - 1]
+    if not len(firsts):
+        return counts
+    recipe, cursor = begin()
+    began_with = cursor.epoch * windows_per_epoch + cursor.window
+    counts = counts.copy()
+    for first in firsts.tolist():
+        known = int(numbers[first - 1]) if first else began_with - 1
+        for number in range(int(numbers[first]) - 1, known, -1):
+            packed = make_window(recipe, *divmod(number, windows_per_epoch), cursor.began, slice_rows)
+            if len(packed.rows):
+                break
+            counts[first] += [packed.counts[name] for name in COUNTED]
+    return counts
+
+
 def make_slice(recipe: Recipe, piece: Slice) -> Packed:
     """A slice's rows, packed, in no particular order."""
     texts = _Texts(recipe, piece)
@@ -136,17 +170,39 @@ def sample_texts(clean: CleanSection, pieces: Iterable[Slice], text_fields: dict
 
 def _packed(recipe: Recipe, texts: _Texts, enough_tokens: int | None = None) -> Rows:
     encoder = _encoder(recipe.tokenizer, recipe.engine)
-    tokens: list[np.ndarray] = []
+    kind = np.dtype(narrowest(recipe.tokenizer.vocab_size))
+    tokens = bytearray()  # grows in place, where joining arrays would hold all of them twice
     lengths: list[np.ndarray] = []
-    while (enough_tokens is None or sum(map(len, tokens)) < enough_tokens) and (batch := texts.next_batch()):
-        ids, sizes = encoder.encode(batch)
-        tokens.append(ids)
+    open_tokens = 0  # of a document that goes on
+    enough_bytes = None if enough_tokens is None else enough_tokens * kind.itemsize
+    while (enough_bytes is None or len(tokens) < enough_bytes) and (batch := texts.next_batch()):
+        ids, sizes = encoder.encode([text for text, _ in batch])
+        ids, sizes, open_tokens = _by_document(ids, sizes, np.array([is_last for _, is_last in batch]), open_tokens)
+        tokens += ids.astype(kind).data
         lengths.append(sizes)
-    kind = narrowest(recipe.tokenizer.vocab_size)
+    if open_tokens:
+        lengths.append(np.array([open_tokens]))
     if not tokens:
-        return no_rows(recipe.seq_len, kind)
-    tokens[:] = [np.concatenate(tokens).astype(kind)]  # its parts are let go
-    return pack(tokens.pop(), np.concatenate(lengths), recipe.seq_len, recipe.tokenizer.eos_id)
+        return no_rows(recipe.seq_len, kind.type)
+    return pack(np.frombuffer(tokens, kind), np.concatenate(lengths), recipe.seq_len, recipe.tokenizer.eos_id)
+
+
+def _by_document(ids: np.ndarray, sizes: np.ndarray, is_last: np.ndarray, open_tokens: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """(ids, tokens of each document that ends here, tokens of the one that does not), from those of pieces, each with its end-of-document
+    id, which only the last piece of a document keeps; `open_tokens` is what the first document had before."""
+    if is_last.all() and not open_tokens:
+        return ids, sizes, 0
+    ids = np.delete(ids, (np.cumsum(sizes) - 1)[~is_last])
+    ends = np.concatenate([[0], np.cumsum(sizes - ~is_last)[is_last]])
+    open_here = len(ids) - int(ends[-1])
+    sizes = np.diff(ends)
+    if not len(sizes):
+        return ids, sizes, open_tokens + open_here
+    sizes[0] += open_tokens
+    return ids, sizes, open_here
+
+
+_Piece = tuple[str, bool]  # a text, or a piece of one; whether it is its last
 
 
 class _Texts:
@@ -159,12 +215,12 @@ class _Texts:
         self._cleaner = Cleaner(recipe.clean)
         self._texts = self._read(recipe, piece)
 
-    def next_batch(self) -> list[str]:
-        batch: list[str] = []
+    def next_batch(self) -> list[_Piece]:
+        batch: list[_Piece] = []
         chars = 0
-        for text in islice(self._texts, TOKENIZE_DOCUMENTS):
-            batch.append(text)
-            chars += len(text)
+        for piece in islice(self._texts, TOKENIZE_DOCUMENTS):
+            batch.append(piece)
+            chars += len(piece[0])
             if chars >= TOKENIZE_CHARS:
                 break
         return batch
@@ -172,15 +228,25 @@ class _Texts:
     def counts(self) -> Counter[str]:
         return Counter({"records": self._records, "bad": len(self.bad), **self._cleaner.counts})
 
-    def _read(self, recipe: Recipe, piece: Slice) -> Iterator[str]:
+    def _read(self, recipe: Recipe, piece: Slice) -> Iterator[_Piece]:
         for record in read_slice(piece, recipe.text_fields[piece.source], recipe.s3):
             self._records += 1
             if isinstance(record, BadRecord):
                 self.bad.append(record)
-            elif text := self._cleaner.clean(record.text):
-                self.documents.append(_Place(record.uri, record.position))
-                del record  # and with it the text as it was
-                yield text
+                continue
+            place = _Place(record.uri, record.position)
+            if record.rest:
+                cleaned = self._cleaner.clean_pieces(chain([record.text], record.rest))
+            else:
+                cleaned = iter([text] if (text := self._cleaner.clean(record.text)) else [])
+            del record  # and with it the text as it was
+            text = next(cleaned, None)
+            if text is not None:
+                self.documents.append(place)
+                for following in cleaned:
+                    yield text, False
+                    text = following
+                yield text, True
 
 
 @lru_cache(maxsize=2)

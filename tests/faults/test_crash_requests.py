@@ -20,7 +20,7 @@ from tests.faults.test_crash_states import a_life, contents, save
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> MemoryS3:
     server = MemoryS3()
-    monkeypatch.setattr(on_s3, "s3_client", lambda *args, **keys: server)
+    monkeypatch.setattr(on_s3, "s3_once", lambda *args, **keys: server)
     monkeypatch.setattr(on_s3, "PART_BYTES", 50)  # the contents have two parts
     return server
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -13,11 +14,15 @@ import zstandard
 
 from llm import storage
 from llm.config import S3Section, SourceSection
+from llm.data import exact_file
+from llm.data import records as reading
+from llm.data.exact_file import ExactFile
 from llm.data.records import BadRecord, Document, read_slice
 from llm.data.slices import plan_slices
 from llm.data.sources import list_files
 from llm.errors import DataError, StorageError
 from llm.file_listing import find_files
+from llm.s3 import s3_once
 from tests.s3_server import S3Server
 
 S3 = S3Section(connect_timeout_s=3, request_timeout_s=10)
@@ -86,6 +91,50 @@ def test_bytes_round_trip(bucket: str) -> None:
     assert storage.exists(uri, S3) and storage.exists(bucket, S3)
 
 
+@pytest.mark.usefixtures("s3_env")
+@pytest.mark.parametrize("name", ["plain.jsonl", "deep/packed.jsonl.zst", "deep/er/text ü+%.txt", "rows.parquet"])
+def test_an_object_rewritten_at_equal_size_is_an_error(s3_server: S3Server, bucket: str, local: Path, name: str, monkeypatch) -> None:
+    """Before the first read of a slice, and in the middle of one. With the old object put back the run goes on."""
+    monkeypatch.setattr(reading, "_CHUNK_BYTES", 2000)
+    monkeypatch.setattr(reading, "_UNPACKED_BYTES", 500)
+    monkeypatch.setattr(reading, "COMPRESSED_TEXT_BYTES", 500)
+    monkeypatch.setattr(reading, "_PARQUET_BATCH_ROWS", 10)
+    client, old = s3_server.client(), (local / name).read_bytes()
+
+    def put(data: bytes) -> None:
+        client.put_object(Bucket="corpus", Key=f"v2/{name}", Body=data)
+
+    put(old)
+    pieces = plan_slices("docs", list_files(SourceSection(name="docs", uri=f"s3://corpus/v2/{name}", weight=None), S3), 5000)
+    expected = list(read_slice(pieces[0], "text", S3))
+    put(old[:-1] + bytes([old[-1] ^ 1]))
+    with pytest.raises(DataError, match=rf"s3://corpus/v2/{re.escape(name)}: changed since the run listed it: its ETag is another"):
+        list(read_slice(pieces[0], "text", S3))
+    put(old)
+    assert list(read_slice(pieces[0], "text", S3)) == expected
+    stream = ExactFile(f"s3://corpus/v2/{name}", len(old), pieces[0].files[0].version, S3)
+    assert stream.read(1000) == old[:1000]
+    put(bytes(len(old)))
+    with pytest.raises(DataError, match="changed since the run listed it"):
+        stream.read(1000)
+
+
+@pytest.mark.usefixtures("s3_env")
+def test_a_server_that_ignores_the_condition_is_not_believed(bucket: str, local: Path, monkeypatch) -> None:
+    file = list_files(SourceSection(name="docs", uri=f"{bucket}/plain.jsonl", weight=None), S3)[0]
+    client = s3_once(S3)
+
+    class Deaf:
+        def get_object(self, IfMatch: str, **keys: str) -> dict:
+            return client.get_object(**keys)
+
+    monkeypatch.setattr(exact_file, "s3_once", lambda s3: Deaf())
+    data = (local / "plain.jsonl").read_bytes()
+    assert ExactFile(file.uri, file.size_bytes, file.version, S3).read() == data
+    with pytest.raises(DataError, match="its ETag is another"):
+        ExactFile(file.uri, file.size_bytes, "0" * 32, S3).read()
+
+
 def explained(call, *args: object) -> str:
     started_s = time.monotonic()
     with pytest.raises((StorageError, DataError)) as error:
@@ -150,4 +199,4 @@ def test_an_object_that_vanished_after_listing(bucket: str, s3_env: S3Server) ->
     s3_env.client().put_object(Bucket="corpus", Key="brief/a.txt", Body=b"here")
     piece = plan_slices("docs", list_files(SourceSection(name="docs", uri="s3://corpus/brief", weight=None), S3), 5000)[0]
     s3_env.client().delete_object(Bucket="corpus", Key="brief/a.txt")
-    assert "brief/a.txt: cannot read: no such object" in explained(lambda: list(read_slice(piece, "text", S3)))
+    assert "brief/a.txt: cannot read 4 bytes at 0 of 4: no such object" in explained(lambda: list(read_slice(piece, "text", S3)))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import gzip
 import json
 import os
@@ -303,7 +304,8 @@ def test_a_line_too_long_is_skipped(tmp_path: Path, name: str, monkeypatch: pyte
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())])
 def test_a_parquet_value_too_long_is_skipped(tmp_path: Path, kind: pa.DataType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(reading, "MAX_VALUE_BYTES", 1000)
+    monkeypatch.setattr(reading, "MAX_WHOLE_BYTES", 500)
     pq.write_table(pa.table({"text": pa.array(["a", None, "x" * 2000, "b"]).cast(kind)}), tmp_path / "a.parquet")
     found = records(tmp_path)
     assert [r.text for r in found if isinstance(r, Document)] == ["a", "b"]
@@ -337,6 +339,54 @@ def test_a_file_that_changed_since_it_was_listed(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(StorageError, match="No such file"):
         list(read_slice(piece, "text", S3))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.zst", "a.parquet"])
+def test_a_file_rewritten_at_equal_size(tmp_path: Path, name: str) -> None:
+    path, rows = tmp_path / name, [f"document {i}" for i in range(400)]
+    if name.endswith("parquet"):
+        pq.write_table(pa.table({"text": rows}), path)
+    else:
+        path.write_bytes(zstandard.compress(jsonl(rows)) if name.endswith("zst") else "\n".join(rows).encode())
+    piece = plan_slices("docs", list_files(source(path), S3), MIB)[0]
+    info, old = path.stat(), path.read_bytes()
+    expected = list(read_slice(piece, "text", S3))
+    path.write_bytes(old[:-9] + bytes(9))
+    with pytest.raises(DataError, match=rf"{name}: changed since the run listed it: its modification time is another"):
+        list(read_slice(piece, "text", S3))
+    path.write_bytes(old)
+    os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+    assert list(read_slice(piece, "text", S3)) == expected
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_file_rewritten_while_it_is_read(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "_CHUNK_BYTES", 512)
+    path, rows = tmp_path / name, [f"document {i}" for i in range(4000)]
+    if name.endswith("parquet"):
+        pq.write_table(pa.table({"text": rows}), path)
+    else:
+        path.write_bytes(jsonl(rows))
+    piece = plan_slices("docs", list_files(source(path), S3), MIB)[0]
+    reader = read_slice(piece, "text", S3)
+    assert isinstance(next(reader), Document)
+    with path.open("r+b") as stream:
+        stream.seek(-3000, os.SEEK_END)
+        stream.write(b"other")
+    with pytest.raises(DataError, match="changed since the run listed it"):
+        list(reader)
+
+
+def test_damaged_files_hold_no_memory(tmp_path: Path) -> None:
+    """An error that holds its frame, and is held by it, would keep all that was unpacked until the garbage collector's next long round."""
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(jsonl(["x" * 99] * 1000))[:-20])
+    gc.collect()
+    gc.disable()
+    try:
+        assert len(bad(records(tmp_path))) == 1
+        assert not [held for held in gc.get_objects() if isinstance(held, reading._DamagedError)]
+    finally:
+        gc.enable()
 
 
 # Nothing lost, nothing twice
