@@ -128,6 +128,23 @@ class CheckpointSection(Section):
     keep: int = Field(default=3, ge=1)
 
 
+class RecoverySection(Section):
+    """What a run does about failures. Each `max_` is the number of restarts for that cause in any 24 hours."""
+
+    max_crashes: int = Field(default=20, ge=0, description="a worker process died, or lost its peers")
+    max_out_of_memory: int = Field(default=3, ge=0, description="a worker was killed because its node had no memory left")
+    max_node_losses: int = Field(default=100, ge=0, description="a node went away; a preemption that was announced costs nothing")
+    max_hangs: int = Field(default=5, ge=0, description="the ranks stopped making steps")
+    max_storage_errors: int = Field(default=5, ge=0, description="a checkpoint or row could not be written or read")
+    max_without_progress: int = Field(default=3, ge=1, description="restarts in a row that bring no newer step, whatever the cause")
+    first_wait_s: float = Field(default=1.0, ge=0, le=60, description="before a restart that follows one without progress; then doubled")
+    hang_s: float = Field(default=10.0, ge=1, description="a step that takes longer, and 5 times the slowest of late, is a hang")
+    long_phase_s: float = Field(
+        default=1800.0, ge=1, description="the same for a start-up, first step, evaluation, save, export, data wait"
+    )
+    lease_s: float = Field(default=30.0, ge=3, description="a driver that gives no sign for so long may be replaced by another")
+
+
 class EvalSection(Section):
     every_steps: int = Field(default=0, ge=0, description="0: before the first and after the last step only")
     rows: int = Field(default=64, ge=0, description="held-out sequences; 0: no evaluation, nothing held out")
@@ -154,6 +171,7 @@ class RunConfig(Section):
     parallel: ParallelSection = ParallelSection()
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()
+    recovery: RecoverySection = RecoverySection()
     eval: EvalSection = EvalSection()
     export: ExportSection = ExportSection()
     log: LogSection = LogSection()

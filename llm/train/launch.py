@@ -16,10 +16,12 @@ from typing import Any
 import ray
 import ray.data
 from ray.exceptions import RayTaskError
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import Result, RunConfig, ScalingConfig
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import HEALTH_CHECK_INTERVAL_S_ENV_VAR
+from ray.train.v2._internal.util import ObjectRefWrapper
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from llm.data.cache import token_cache
@@ -29,6 +31,7 @@ from llm.data.window import Recipe
 from llm.errors import HeadraceError, TrainingError
 from llm.job import Job
 from llm.storage import join
+from llm.train import life, recovery
 from llm.train.worker import DATASET, start_file, work
 
 
@@ -37,20 +40,19 @@ class _Rendezvous(Backend):
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         address, port = worker_group.execute_single(0, get_address_and_port)
-        worker_group.execute(_set_master, address, port)
+        worker_group.execute(life.begin, address, port, recovery.incident())
 
 
 class RendezvousConfig(BackendConfig):
-    """Tells every worker where rank 0 is; the worker itself makes the process group."""
+    """Tells every worker where rank 0 is, and why the group before it ended; the worker itself makes the process group."""
 
     @property
     def backend_cls(self) -> type[Backend]:
         return _Rendezvous
 
 
-def _set_master(address: str, port: int) -> None:
-    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
-
+# How often Ray's controller asks the workers how they are: what a restart waits for before anything happens. 2 s by default.
+HEALTH_CHECK_S = 0.5
 
 # Read by glibc when a process starts; other C libraries do not know these names. It shall keep what is freed, up to 2 GiB, instead of
 # giving it back to the system after every tensor, and in one arena: the others are given back when they are empty, and Ray Train's function
@@ -68,12 +70,31 @@ class WorkerResources:
     gpus: float
 
 
-class _PrivateTrainer(DataParallelTrainer):
-    """For a cluster that ends with this process: nobody needs to clean up after a dead controller there, and the actor that would
-    costs 4 s of CPU time at start-up."""
+class _Trainer(DataParallelTrainer):
+    """With policies of our own in Ray's controller."""
+
+    def __init__(self, job: Job, *, private_cluster: bool, **options: Any) -> None:
+        super().__init__(work, train_loop_config={"job": job}, **options)
+        self._job, self._private = job, private_cluster
+
+    def fit(self) -> Result:
+        os.environ.setdefault(HEALTH_CHECK_INTERVAL_S_ENV_VAR, str(HEALTH_CHECK_S))
+        result = self._initialize_and_run_controller(
+            train_fn_ref=ObjectRefWrapper(self._get_train_func()),
+            scaling_policy=recovery.AfterAWait(self.scaling_config),
+            failure_policy=recovery.Restarts(self._job),
+            train_run_context=self.train_run_context,
+            callbacks=self._create_default_callbacks(),
+        )
+        if result.error:
+            raise result.error
+        return result
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)]
+        """On a cluster that ends with this process nobody needs to clean up after a dead controller: the actor that would costs 4 s of CPU
+        time at start-up."""
+        found = super()._create_default_callbacks()
+        return [c for c in found if not (self._private and isinstance(c, PlacementGroupCleanerCallback))]
 
 
 def fit(
@@ -91,10 +112,9 @@ def fit(
     Ray's trainer runs in a thread: in the main thread it would take over Ctrl-C, which here ends the run within seconds. Raises the
     worker's own HeadraceError where there is one, else TrainingError with the first lines of what Ray knows.
     """
-    kind = _PrivateTrainer if private_cluster else DataParallelTrainer
-    trainer = kind(
-        work,
-        train_loop_config={"job": job},
+    trainer = _Trainer(
+        job,
+        private_cluster=private_cluster,
         backend_config=RendezvousConfig(),
         scaling_config=ScalingConfig(
             num_workers=job.config.parallel.workers,
@@ -104,7 +124,6 @@ def fit(
         run_config=RunConfig(
             name=job.config.run.name,
             storage_path=ray_folder,
-            failure_config=FailureConfig(max_failures=0),
             worker_runtime_env={
                 "worker_process_setup_hook": "llm.train.preload.begin",
                 "env_vars": {} if resources.gpus else KEEP_FREED_MEMORY,

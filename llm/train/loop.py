@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -19,26 +19,37 @@ from llm.checkpoint.save import save_checkpoint
 from llm.checkpoint.store import CheckpointStore
 from llm.data.batches import Batch, BatchFetcher, DataGroups, Reader
 from llm.data.ledger import advanced
-from llm.errors import ConfigError
+from llm.errors import ConfigError, PlannedStop
 from llm.export.huggingface import export_and_check, probe_logits
 from llm.job import Job
 from llm.model.build import build_model, enable_activation_checkpointing
 from llm.parallel.mesh import Mesh
 from llm.parallel.zero import Engine, best_precision
 from llm.state import COUNTED, TrainState
+from llm.train.life import Incident, Wish
 from llm.train.optimizer import param_groups
 from llm.train.recorder import Recorder, StepTimes
 from llm.train.schedule import lr_factor
 from llm.train.step import StepResult, evaluate, train_step
 
 
-def train(job: Job, mesh: Mesh, reader: Reader | None, start: TrainState, phases: Mapping[str, float] | None = None) -> TrainState:
+def train(
+    job: Job,
+    mesh: Mesh,
+    reader: Reader | None,
+    start: TrainState,
+    phases: Mapping[str, float] | None = None,
+    *,
+    incident: Incident | None = None,
+    wish: Callable[[], int] = lambda: 0,
+) -> TrainState:
     """Trains from `start` (a fresh state, or the newest checkpoint's) to `train.steps`; returns the last state. All ranks must call it.
 
     `reader` is this data rank's access to the stream, None on tensor peers. `phases`: what the start-up so far took, in seconds, for the
-    record. torch.distributed must be initialized.
+    record; `incident`: why the group before this one ended. Where `wish` is above 0 on any rank, all save and raise PlannedStop.
+    torch.distributed must be initialized.
     """
-    config = job.config
+    config, started = job.config, dict(phases or {})
     fetcher = BatchFetcher(
         reader,
         mesh,
@@ -50,25 +61,26 @@ def train(job: Job, mesh: Mesh, reader: Reader | None, start: TrainState, phases
         seq_len=config.data.seq_len,
         isolate=config.data.isolate_documents,
         max_bad_frac=config.data.max_bad_frac,
+        stop=wish,
     )
     precision = best_precision(config.train.precision, config.parallel.zero_stage)
     device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     recorder = Recorder(job, on=mesh.rank == 0, device_name=device_name, precision=precision)
     try:
-        for name, phase_s in (phases or {}).items():
-            recorder.event("phase", name=name, phase_s=round(phase_s, 2))
         began_s = time.perf_counter()
         engine = build_engine(job, mesh)
-        recorder.event("phase", name="building the model and the engine", phase_s=round(time.perf_counter() - began_s, 2))
+        started["building the model and the engine"] = time.perf_counter() - began_s
         store = CheckpointStore(job.run_uri, config.s3)
         parallel = config.parallel
         layout = Layout(parallel.workers, parallel.tensor, parallel.zero_stage, precision, config.train.optimizer)
         if start.step:
+            began_s = time.perf_counter()
             restore_checkpoint(engine, start, layout, store)
-            recorder.resume_at(start.step)
-            recorder.event("restart", step=start.step, reason="resumed from the newest checkpoint")
-        else:
-            recorder.resume_at(0)
+            started["reading the checkpoint"] = time.perf_counter() - began_s
+        if incident is None:
+            for name, phase_s in started.items():
+                recorder.event("phase", name=name, phase_s=round(phase_s, 2))
+        recorder.resume_at(start.step, incident, started)
         recorder.event("start", total_steps=config.train.steps, precision=precision, device=device_name)
         return _train_and_save(job, engine, recorder, fetcher, store, layout, start)
     finally:
@@ -135,7 +147,7 @@ def _train_and_save(
     job: Job,
     engine: Engine,
     recorder: Recorder,
-    batches: Iterable[Batch],
+    batches: BatchFetcher,
     store: CheckpointStore,
     layout: Layout,
     start: TrainState,
@@ -155,6 +167,11 @@ def _train_and_save(
             recorder.flush()
             _save(engine, recorder, store, layout, state, config.checkpoint.keep)
             saved_step = state.step
+        if batches.stop_asked and state.step < config.train.steps:
+            recorder.flush()
+            if saved_step < state.step:
+                _save(engine, recorder, store, layout, state, config.checkpoint.keep)
+            raise PlannedStop(Wish(batches.stop_asked).told())
     recorder.flush()
     if evaluated_step < state.step:
         _evaluate(job, engine, recorder, state.step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +16,7 @@ from llm.metrics_file import UploadSink
 from llm.model.flops import flops_per_token, peak_flops
 from llm.state import TrainState
 from llm.storage import exists, is_s3, join, read_bytes, write_bytes
+from llm.train.life import Incident
 from llm.train.step import StepResult
 
 
@@ -47,10 +49,35 @@ class Recorder:
         if self._writer is not None:
             self._writer.write(eval_row(step=step, eval_loss=loss, eval_tokens=tokens))
 
-    def resume_at(self, step: int) -> None:
-        """Drops the rows after `step`: those steps are done again."""
-        if self._writer is not None:
-            self._writer.truncate_after(step)
+    def resume_at(self, step: int, incident: Incident | None, phases: Mapping[str, float]) -> None:
+        """Drops the rows after `step`, whose steps are done again, and writes what that and the time since the last row cost.
+
+        `incident`: why the group before this one ended, None where the command itself is new; `phases`: this group's start-up, in seconds.
+        """
+        if self._writer is None:
+            return
+        rows = self._writer.rows()
+        self._writer.truncate_after(step)
+        if not step and incident is None:
+            return
+        redone = [row for row in rows if row["kind"] in ("step", "eval") and row["step"] > step]
+        steps_redone = [row for row in redone if row["kind"] == "step"]
+        fields: dict[str, object] = {
+            "reason": "the command was run again" if incident is None else incident.told,
+            "cause": "new command" if incident is None else incident.cause,
+            "steps_redone": len(steps_redone),
+            "redone_s": round(sum(row.get("step_s") or row.get("eval_s") or 0.0 for row in redone), 3),
+        }
+        if incident is not None:
+            last_s = max((row["elapsed_s"] for row in rows if row.get("elapsed_s") is not None), default=0.0)
+            noticed_s = incident.at_s - self.job.started_at_s - last_s
+            fields |= {
+                "number": incident.number,
+                "down_s": round(max(0.0, self.elapsed_s() - last_s), 3),
+                "noticed_s": round(max(0.0, noticed_s), 3),
+                "phases": {name: round(phase_s, 2) for name, phase_s in phases.items()},
+            }
+        self.event("restart", step=step, **fields)
 
     def step(self, before: TrainState, after: TrainState, result: StepResult, times: StepTimes, lr: float) -> None:
         self._pending.append((before, after, result, times, lr, self.elapsed_s()))

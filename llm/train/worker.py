@@ -27,6 +27,7 @@ from llm.observe.quiet import quiet_worker
 from llm.parallel.mesh import Mesh
 from llm.state import TrainState
 from llm.storage import is_s3, join, local_path
+from llm.train import life
 
 DATASET = "train"
 Block = Mapping[str, Any]
@@ -39,7 +40,11 @@ def start_file(job: Job) -> StartFile:
 def work(config: dict[str, Any]) -> None:
     """The function that Ray Train runs on every worker. `config`: {"job": Job}."""
     job: Job = config["job"]
-    phases = {"from the command to the worker": time.time() - job.started_at_s}
+    incident = life.incident()
+    if incident is None:
+        phases = {"from the command to the worker": time.time() - job.started_at_s}
+    else:
+        phases = {"from the failure to the worker": time.time() - incident.at_s}
     context = ray.train.get_context()
     mesh = Mesh(context.get_world_rank(), context.get_world_size(), job.config.parallel.tensor)
     with quiet_worker(_log_file(job, mesh.rank)):
@@ -69,7 +74,7 @@ def _train(job: Job, mesh: Mesh, reader: ShardReader | None, start: TrainState, 
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         _require_tensor_groups_on_nodes(mesh, context.get_node_rank())
-        train(job, mesh, reader, start, phases)
+        train(job, mesh, reader, start, phases, incident=life.incident(), wish=life.wish)
     finally:
         dist.destroy_process_group()
 
