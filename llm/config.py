@@ -139,9 +139,7 @@ class RecoverySection(Section):
     max_without_progress: int = Field(default=3, ge=1, description="restarts in a row that bring no newer step, whatever the cause")
     first_wait_s: float = Field(default=1.0, ge=0, le=60, description="before a restart that follows one without progress; then doubled")
     hang_s: float = Field(default=10.0, ge=1, description="a step that takes longer, and 5 times the slowest of late, is a hang")
-    long_phase_s: float = Field(
-        default=1800.0, ge=1, description="the same for a start-up, first step, evaluation, save, export, data wait"
-    )
+    long_phase_s: float = Field(default=1800.0, ge=1, description="the same for start-up, first step, evaluation, save, export, data wait")
     lease_s: float = Field(default=30.0, ge=3, description="a driver that gives no sign for so long may be replaced by another")
 
 

@@ -126,6 +126,9 @@ def steps(job: Job, engine: Engine, batches: Iterable[Batch], state: TrainState)
         if batch is None:
             return
         got_s = time.perf_counter()
+        # Dropout follows from the seed and the step, on every device and whatever went before; alike in a tensor group, which shares its
+        # activations.
+        torch.manual_seed(hash((job.config.run.seed, state.step, engine.mesh.data_rank)) % 2**63)
         result = train_step(
             engine,
             batch,

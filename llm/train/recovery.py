@@ -88,7 +88,7 @@ def _failure(error: TrainingFailedError) -> Failure:
 def _replace(error: TrainingFailedError, told: HeadraceError) -> None:
     """Ray raises its own error in the driver, which looks for ours inside."""
     if isinstance(error, WorkerGroupError):
-        error.worker_failures = {-1: told}
+        error.worker_failures = {-1: told}  # pyright: ignore[reportAttributeAccessIssue]
     elif isinstance(error, ControllerError):
         error.controller_failure = told
 
