@@ -18,6 +18,7 @@ from llm.observe.progress import ProgressLine
 from llm.observe.quiet import redirect_noise
 from llm.observe.watch import RunWatcher
 from llm.storage import is_s3
+from llm.train.lease import Lease, held_lease
 from llm.train.prepare import Prepared, prepare
 from llm.train.runs import claim_run, record_run, require_finished, run_uri
 
@@ -63,14 +64,17 @@ def pretrain(config: RunConfig, started_at_s: float) -> None:
             f"note: run.storage={config.run.storage} is relative, so this run is kept in {uri} on the head node, where a submitted job's "
             "folder is removed later. Set run.storage to a shared folder or s3://bucket/prefix to keep it."
         )
-    with ProgressLine(config.train.steps, every_steps=config.log.every_steps) as progress:
+    with (
+        ProgressLine(config.train.steps, every_steps=config.log.every_steps) as progress,
+        held_lease(uri, config.s3, config.recovery.lease_s, progress.note) as lease,
+    ):
         with progress.phase("reading the corpus and the tokenizer"):
-            prepared = prepare(config, uri, started_at_s)
+            prepared = prepare(config, uri, started_at_s, lease.fence.check)
             record_run(config, prepared.stream.files, prepared.job.tokenizer.fingerprint)
         watcher = RunWatcher(uri, config.s3, config.log, config.model_dump(), progress)
         with redirect_noise(watcher.folder / "logs" / "driver.log"), tempfile.TemporaryDirectory() as ray_folder:
             try:
-                _train(prepared, watcher, Path(ray_folder))
+                _train(prepared, watcher, lease, Path(ray_folder))
                 require_finished(config)
             except BaseException:
                 watcher.abandon()
@@ -78,9 +82,14 @@ def pretrain(config: RunConfig, started_at_s: float) -> None:
         watcher.finish()
 
 
-def _train(prepared: Prepared, watcher: RunWatcher, ray_folder: Path) -> None:
+def _train(prepared: Prepared, watcher: RunWatcher, lease: Lease, ray_folder: Path) -> None:
     config = prepared.job.config
     parallel = config.parallel
+
+    def watch() -> None:
+        lease.require()
+        watcher.poll()
+
     cpus = total_cpus(parallel.workers, config.data.windows_ahead)
     with ExitStack() as stack:
         with watcher.progress.phase("connecting to Ray"):
@@ -92,7 +101,7 @@ def _train(prepared: Prepared, watcher: RunWatcher, ray_folder: Path) -> None:
         from llm.train.launch import WorkerResources, fit  # imports Ray, which must be connected first
 
         resources = WorkerResources(plan.cpus_per_worker, plan.gpus_per_worker)
-        fit(prepared.job, prepared.recipe, resources, str(ray_folder), watcher.poll, private_cluster=is_private())
+        fit(prepared.job, prepared.recipe, resources, str(ray_folder), watch, private_cluster=is_private())
 
 
 def _take_over_signals() -> None:

@@ -55,3 +55,9 @@ class HangError(HeadraceError):
     """The ranks stopped making progress; says which did not arrive."""
 
     exit_code = 1
+
+
+class LeaseError(HeadraceError):
+    """Another driver trains this run."""
+
+    exit_code = 4

@@ -19,6 +19,8 @@ from llm.storage import exists, is_s3, join, read_bytes, write_bytes
 from llm.train.life import Incident
 from llm.train.step import StepResult
 
+FENCE_EVERY_S = 1.0
+
 
 @dataclass(frozen=True)
 class StepTimes:
@@ -33,6 +35,7 @@ class Recorder:
         self.job = job
         self._pending: list[tuple[TrainState, TrainState, StepResult, StepTimes, float, float]] = []
         self._writer = _open_writer(job) if on else None
+        self._fenced_at_s = time.monotonic()
         per_token = flops_per_token(job.model_config, job.config.data.seq_len)
         peak = peak_flops(device_name, precision)
         # FLOPs of a token over the FLOP/s of all devices: a rate in tokens/s times it is the MFU.
@@ -43,6 +46,7 @@ class Recorder:
 
     def event(self, event: str, **fields: object) -> None:
         if self._writer is not None:
+            self._require_lease()
             self._writer.write(event_row(event, elapsed_s=self.elapsed_s(), **fields))
 
     def evaluation(self, step: int, loss: float, tokens: int) -> None:
@@ -56,6 +60,7 @@ class Recorder:
         """
         if self._writer is None:
             return
+        self.job.fence()
         rows = self._writer.rows()
         self._writer.truncate_after(step)
         if not step and incident is None:
@@ -85,8 +90,11 @@ class Recorder:
             self.flush()
 
     def flush(self) -> None:
-        """Writes the pending rows. Raises TrainingError, on every rank, where a loss is not finite."""
+        """Writes the pending rows. Raises TrainingError, on every rank, where a loss is not finite; LeaseError, on rank 0, where another
+        driver has the run now."""
         pending, self._pending = self._pending, []
+        if self._writer is not None:
+            self._require_lease()
         for before, after, result, times, lr, elapsed_s in pending:
             loss = float(result.loss)
             if self._writer is not None:
@@ -114,6 +122,12 @@ class Recorder:
                     "set train.precision to fp32 or bf16; the last checkpoint is from before it."
                 )
 
+    def _require_lease(self) -> None:
+        """A driver that takes a run over needs seconds until it writes a row, so once a second is often enough."""
+        if time.monotonic() - self._fenced_at_s >= FENCE_EVERY_S:
+            self.job.fence()
+            self._fenced_at_s = time.monotonic()
+
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
@@ -123,12 +137,13 @@ def _open_writer(job: Job) -> MetricsWriter:
     uri, s3 = join(job.run_uri, "metrics.jsonl"), job.config.s3
     if not is_s3(uri):
         return MetricsWriter(uri)
-    return MetricsWriter(UploadSink(get=partial(_get, uri, s3), put=partial(_put, uri, s3)))
+    return MetricsWriter(UploadSink(get=partial(_get, uri, s3), put=partial(_put, job, uri)))
 
 
 def _get(uri: str, s3: S3Section) -> bytes:
     return read_bytes(uri, s3) if exists(uri, s3) else b""
 
 
-def _put(uri: str, s3: S3Section, data: bytes) -> None:
-    write_bytes(uri, data, s3)
+def _put(job: Job, uri: str, data: bytes) -> None:
+    job.fence()
+    write_bytes(uri, data, job.config.s3)
