@@ -90,13 +90,14 @@ def _train(prepared: Prepared, watcher: RunWatcher, lease: Lease, ray_folder: Pa
         lease.require()
         watcher.poll()
 
-    cpus = total_cpus(parallel.workers, config.data.windows_ahead)
+    least = parallel.min_workers or parallel.workers
+    cpus = total_cpus(least if not is_private() else parallel.workers, config.data.windows_ahead)
     with ExitStack() as stack:
         with watcher.progress.phase("connecting to Ray"):
             stack.enter_context(connected(cpus))
         _take_over_signals()  # Ray has put its own handler in their place
         require_cpus(cpus)
-        plan = plan_workers(parallel.workers, parallel.tensor, cluster_gpus())
+        plan = plan_workers(least, parallel.tensor, cluster_gpus())
         watcher.progress.waiting("starting the workers")
         from llm.train.launch import WorkerResources, fit  # imports Ray, which must be connected first
 

@@ -94,6 +94,9 @@ class DataSection(Section):
 
 class ParallelSection(Section):
     workers: int = Field(default=1, ge=1)
+    min_workers: int | None = Field(
+        default=None, ge=1, description="elastic: where nodes are missing, as few workers as this; None: always `workers`"
+    )
     tensor: int = Field(default=1, ge=1, description="workers that share one copy of the model's matrices")
     zero_stage: Literal[0, 1, 2, 3] = 1
     offload: Literal["none", "optimizer", "all"] = Field(default="none", description="ZeRO offload to CPU memory; all: weights too")
@@ -211,6 +214,11 @@ def cross_checks(config: RunConfig) -> list[tuple[str, str]]:
         )
     else:
         found += _batch_problems(config)
+        least = parallel.min_workers
+        if least is not None and (least > parallel.workers or least % parallel.tensor):
+            at_most = min(least, parallel.workers) // parallel.tensor * parallel.tensor or parallel.tensor
+            rule = f"must be a multiple of parallel.tensor={parallel.tensor} and at most parallel.workers={parallel.workers}"
+            found.append(("parallel.min_workers", f"parallel.min_workers={least} {rule}. Nearest legal value: {at_most}"))
     if (model.preset is None) == (model.path is None):
         found.append(("model.preset", "give exactly one of model.preset and model.path"))
     if model.init == "pretrained" and model.path is None:

@@ -111,6 +111,7 @@ METRICS: dict[str, Metric] = {
         Metric("eval_loss", "nats per token", "sum of -ln p(target) over the held-out tokens / their number", ("eval",)),
         Metric("perplexity", "1", "exp(eval_loss)", ("eval",)),
         Metric("eval_tokens", "tokens", "held-out real tokens that eval_loss is the mean of", ("eval",), int),
+        Metric("eval_s", "s", "wall time of the evaluation", ("eval",), optional=True),
     )
 }
 
@@ -171,9 +172,11 @@ def step_row(
     return _checked(row)
 
 
-def eval_row(*, step: int, eval_loss: float, eval_tokens: int) -> Row:
+def eval_row(*, step: int, eval_loss: float, eval_tokens: int, eval_s: float | None = None) -> Row:
     """One evaluation's row: after `step` updates, so 0 is the untrained model."""
     values = {"eval_loss": eval_loss, "perplexity": perplexity(eval_loss), "eval_tokens": eval_tokens}
+    if eval_s is not None:
+        values["eval_s"] = eval_s
     return _checked({"kind": "eval", "step": step, **values})
 
 

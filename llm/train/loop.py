@@ -31,6 +31,7 @@ from llm.train.optimizer import param_groups
 from llm.train.recorder import Recorder, StepTimes
 from llm.train.schedule import lr_factor
 from llm.train.step import StepResult, evaluate, train_step
+from llm.train.watchdog import Unwatched, Watchdog
 
 
 def train(
@@ -42,12 +43,13 @@ def train(
     *,
     incident: Incident | None = None,
     wish: Callable[[], int] = lambda: 0,
+    watchdog: Watchdog | None = None,
 ) -> TrainState:
     """Trains from `start` (a fresh state, or the newest checkpoint's) to `train.steps`; returns the last state. All ranks must call it.
 
     `reader` is this data rank's access to the stream, None on tensor peers. `phases`: what the start-up so far took, in seconds, for the
     record; `incident`: why the group before this one ended. Where `wish` is above 0 on any rank, all save and raise PlannedStop.
-    torch.distributed must be initialized.
+    `watchdog`: told where training is. torch.distributed must be initialized.
     """
     config, started = job.config, dict(phases or {})
     fetcher = BatchFetcher(
@@ -81,8 +83,8 @@ def train(
             for name, phase_s in started.items():
                 recorder.event("phase", name=name, phase_s=round(phase_s, 2))
         recorder.resume_at(start.step, incident, started)
-        recorder.event("start", total_steps=config.train.steps, precision=precision, device=device_name)
-        return _train_and_save(job, engine, recorder, fetcher, store, layout, start)
+        recorder.event("start", total_steps=config.train.steps, workers=mesh.world_size, precision=precision, device=device_name)
+        return _train_and_save(job, engine, recorder, fetcher, store, layout, start, watchdog or Unwatched())
     finally:
         fetcher.close()
         recorder.close()
@@ -116,16 +118,20 @@ def build_engine(job: Job, mesh: Mesh) -> Engine:
     return engine
 
 
-def steps(job: Job, engine: Engine, batches: Iterable[Batch], state: TrainState) -> Iterator[tuple[TrainState, StepResult, StepTimes]]:
+def steps(
+    job: Job, engine: Engine, batches: Iterable[Batch], state: TrainState, watchdog: Watchdog | Unwatched | None = None
+) -> Iterator[tuple[TrainState, StepResult, StepTimes]]:
     """Each step's new state, its result (tensors, not yet read) and its times. The time of a step ends where the next begins to wait for
     data, so what the consumer does in between is not counted."""
-    source = iter(batches)
+    source, watchdog = iter(batches), watchdog or Unwatched()
     while True:
         began_s = time.perf_counter()
-        batch = next(source, None)
+        with watchdog.phase("waiting for data"):
+            batch = next(source, None)
         if batch is None:
             return
         got_s = time.perf_counter()
+        watchdog.begin_step(state.step + 1)
         # Dropout follows from the seed and the step, on every device and whatever went before; alike in a tensor group, which shares its
         # activations.
         torch.manual_seed(hash((job.config.run.seed, state.step, engine.mesh.data_rank)) % 2**63)
@@ -143,6 +149,7 @@ def steps(job: Job, engine: Engine, batches: Iterable[Batch], state: TrainState)
             ledger=advanced(state.ledger, batch.digests),
             counts=Counter(state.counts) + batch.counts,
         )
+        watchdog.end_step(time.perf_counter() - began_s)
         yield state, result, StepTimes(time.perf_counter() - began_s, got_s - began_s)
 
 
@@ -154,34 +161,40 @@ def _train_and_save(
     store: CheckpointStore,
     layout: Layout,
     start: TrainState,
+    watchdog: Watchdog | Unwatched,
 ) -> TrainState:
     config, state, saved_step = job.config, start, start.step
     if start.step == 0:
-        _evaluate(job, engine, recorder, 0)
+        with watchdog.phase("evaluation"):
+            _evaluate(job, engine, recorder, 0)
     evaluated_step = start.step
-    for after, result, times in steps(job, engine, batches, start):
+    for after, result, times in steps(job, engine, batches, start, watchdog):
         recorder.step(state, after, result, times, config.train.lr * lr_factor(config.train, state.step))
         state = after
         if _due(config.eval.every_steps, state.step):
             recorder.flush()
-            _evaluate(job, engine, recorder, state.step)
+            with watchdog.phase("evaluation"):
+                _evaluate(job, engine, recorder, state.step)
             evaluated_step = state.step
         if _due(config.checkpoint.every_steps, state.step):
             recorder.flush()
-            _save(engine, recorder, store, layout, state, config.checkpoint.keep)
+            with watchdog.phase("save"):
+                _save(engine, recorder, store, layout, state, config.checkpoint.keep)
             saved_step = state.step
         if batches.stop_asked and state.step < config.train.steps:
             recorder.flush()
-            if saved_step < state.step:
-                _save(engine, recorder, store, layout, state, config.checkpoint.keep)
+            with watchdog.phase("save before a planned stop"):
+                if saved_step < state.step:
+                    _save(engine, recorder, store, layout, state, config.checkpoint.keep)
             raise PlannedStop(Wish(batches.stop_asked).told())
     recorder.flush()
-    if evaluated_step < state.step:
-        _evaluate(job, engine, recorder, state.step)
-    if saved_step < state.step:
-        _save(engine, recorder, store, layout, state, config.checkpoint.keep)
-    if config.export.enabled:
-        _export(job, engine, recorder, store, state)
+    with watchdog.phase("evaluation, save and export after the last step"):
+        if evaluated_step < state.step:
+            _evaluate(job, engine, recorder, state.step)
+        if saved_step < state.step:
+            _save(engine, recorder, store, layout, state, config.checkpoint.keep)
+        if config.export.enabled:
+            _export(job, engine, recorder, store, state)
     recorder.event("data", **{name: state.counts.get(name, 0) for name in COUNTED})
     recorder.event("end", status="finished", step=state.step)
     return state
@@ -194,6 +207,7 @@ def _due(every_steps: int, step: int) -> bool:
 def _evaluate(job: Job, engine: Engine, recorder: Recorder, step: int) -> None:
     if not len(job.eval_rows):
         return
+    began_s = time.perf_counter()
     loss, tokens = evaluate(
         engine,
         torch.tensor(job.eval_rows.ids),  # a copy: Ray gives arrays that must not be written
@@ -201,7 +215,7 @@ def _evaluate(job: Job, engine: Engine, recorder: Recorder, step: int) -> None:
         microbatch_rows=job.config.microbatch_rows,
         isolate=job.config.data.isolate_documents,
     )
-    recorder.evaluation(step, loss, tokens)
+    recorder.evaluation(step, loss, tokens, time.perf_counter() - began_s)
 
 
 def _save(engine: Engine, recorder: Recorder, store: CheckpointStore, layout: Layout, state: TrainState, keep: int) -> None:
@@ -212,10 +226,13 @@ def _save(engine: Engine, recorder: Recorder, store: CheckpointStore, layout: La
 
 def _export(job: Job, engine: Engine, recorder: Recorder, store: CheckpointStore, state: TrainState) -> None:
     """Rank 0 writes the export from the checkpoint and holds it against the engine; the others wait."""
+    began_s = time.perf_counter()
     logits = probe_logits(engine, job)
     if engine.mesh.rank == 0:
         done = export_and_check(job, store, state.step, logits, engine.precision)
-        recorder.event("export", path=done.uri, max_logit_difference=done.max_logit_difference)
+        recorder.event(
+            "export", path=done.uri, max_logit_difference=done.max_logit_difference, took_s=round(time.perf_counter() - began_s, 3)
+        )
         if done.sample is not None:
             recorder.event("sample", prompt=job.config.export.sample_prompt, text=done.sample)
     dist.barrier()

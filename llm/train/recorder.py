@@ -49,9 +49,9 @@ class Recorder:
             self._require_lease()
             self._writer.write(event_row(event, elapsed_s=self.elapsed_s(), **fields))
 
-    def evaluation(self, step: int, loss: float, tokens: int) -> None:
+    def evaluation(self, step: int, loss: float, tokens: int, eval_s: float) -> None:
         if self._writer is not None:
-            self._writer.write(eval_row(step=step, eval_loss=loss, eval_tokens=tokens))
+            self._writer.write(eval_row(step=step, eval_loss=loss, eval_tokens=tokens, eval_s=eval_s))
 
     def resume_at(self, step: int, incident: Incident | None, phases: Mapping[str, float]) -> None:
         """Drops the rows after `step`, whose steps are done again, and writes what that and the time since the last row cost.

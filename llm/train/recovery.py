@@ -9,10 +9,13 @@ from __future__ import annotations
 import logging
 import time
 
-from ray.train import FailureConfig
+import ray
+from ray._raylet import RAY_NODE_ID_KEY
+from ray.train import FailureConfig, ScalingConfig
+from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
-from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, NoopDecision
-from ray.train.v2._internal.execution.scaling_policy.scaling_policy import ScalingDecision
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, NoopDecision, ResizeDecision, ScalingDecision
+from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, TrainingFailedError, WorkerGroupError
 
 from llm.checkpoint.store import CheckpointStore
@@ -20,12 +23,16 @@ from llm.errors import HeadraceError, RecoveryError
 from llm.job import Job
 from llm.metrics_file import parse_line
 from llm.storage import exists, join, read_bytes
+from llm.train import life
 from llm.train.causes import Budget, Cause, Failure, failure_of
+from llm.train.elastic import legal_workers, place_workers
 from llm.train.life import Incident
 
 logger = logging.getLogger(__name__)
 
 TAIL_BYTES = 256 << 10  # of metrics.jsonl: enough for its last step
+WAIT_FOR_NODES_S = 1.0  # between two looks for room, while there is none for the fewest workers
+LOOK_FOR_NODES_S = 5.0  # while there are fewer workers than the run wants
 STARTUP_ERRORS = ("WorkerGroupStartupFailedError", "WorkerGroupStartupTimeoutError")
 
 # Of this controller process: its policies are unpickled apart from each other, so they cannot share an object.
@@ -66,10 +73,77 @@ class AfterAWait(FixedScalingPolicy):
     """As many workers as the run has, once the wait of `Restarts` is over."""
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
-        if (left_s := _not_before_s - time.monotonic()) > 0:
-            time.sleep(min(0.5, left_s))  # the controller would ask again at once
+        if _pause():
             return NoopDecision()
         return super().make_decision_for_non_running_worker_group()
+
+
+class LegalSizes(FixedScalingPolicy):
+    """As many workers as fit on the nodes that are there, at the run's legal sizes, each bound to its node. When nodes come back, the
+    running group is asked to save and stop, and starts again with more.
+
+    What fits is reckoned from the nodes' whole size: the cluster is taken to be this run's.
+    """
+
+    def __init__(self, job: Job, scaling_config: ScalingConfig) -> None:
+        super().__init__(scaling_config)
+        self._config = job.config
+        self._legal = legal_workers(job.config)
+        self._train_run_context: TrainRunContext | None = None
+        self._looked_at_s = time.monotonic()
+        self._more = 0  # looks in a row that found room for more
+
+    def after_controller_start(self, train_run_context: TrainRunContext) -> None:
+        self._train_run_context = train_run_context
+        super().after_controller_start(train_run_context)
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        self._maybe_send_resource_request()
+        if _pause():
+            return NoopDecision()
+        nodes = self._placement()
+        if not nodes:
+            time.sleep(WAIT_FOR_NODES_S)
+            return NoopDecision()
+        logger.info("recovery: %d workers on %d nodes", len(nodes), len(set(nodes)))
+        assert self._train_run_context is not None
+        # The list that the controller reads when it makes the group: one label a worker.
+        self._train_run_context.scaling_config.label_selector = [{RAY_NODE_ID_KEY: node} for node in nodes]
+        self._more, self._looked_at_s = 0, time.monotonic()
+        return ResizeDecision(len(nodes), self.scaling_config._resources_per_worker_not_none)
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
+    ) -> ScalingDecision:
+        self._maybe_send_resource_request()
+        now_s = time.monotonic()
+        if worker_group_state.num_workers < self._legal[0] and now_s - self._looked_at_s >= LOOK_FOR_NODES_S:
+            self._looked_at_s = now_s
+            self._more = self._more + 1 if len(self._placement()) > worker_group_state.num_workers else 0
+            if self._more == 2:  # once, and not for a node that shows itself for a moment
+                worker_group_state.workers[0].actor.execute.remote(life.ask_to_stop, life.Wish.GROWTH)
+        return NoopDecision()
+
+    def _placement(self) -> list[str]:
+        """The node of each worker that the cluster has room for, the data tasks' CPUs left free."""
+        needed = self.scaling_config._resources_per_worker_not_none
+        leaving = ray._private.state.state.get_draining_nodes() or {}
+        alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+        room = {
+            node["NodeID"]: min(int(node["Resources"].get(name, 0.0) // amount) for name, amount in needed.items() if amount)
+            for node in alive
+        }
+        free_cpus = sum(node["Resources"].get("CPU", 0.0) for node in alive) - self._config.data.windows_ahead
+        at_most = int(free_cpus // needed["CPU"]) if needed.get("CPU") else self._legal[0]
+        return place_workers(room, self._config.parallel.tensor, self._legal, at_most)
+
+
+def _pause() -> bool:
+    """Whether the wait before the next group is not over; a part of it has passed then, as the controller asks again at once."""
+    left_s = _not_before_s - time.monotonic()
+    if left_s > 0:
+        time.sleep(min(0.5, left_s))
+    return left_s > 0
 
 
 def _failure(error: TrainingFailedError) -> Failure:
