@@ -50,6 +50,8 @@ def print_trace(trace: StepTrace) -> None:
     begins = trace.begins
     print(f"step {trace.step}: from epoch {begins.epoch}, window {begins.window}, row {begins.offset} on")
     print(f"ledger {trace.recorded}{', verified' if trace.verified else ''}")
+    if trace.outcome:
+        print(f"not trained on: {trace.outcome}")
     print("row  tokens         document  (place in its file, first of its tokens here)")
     for piece in trace.pieces:
         tokens = f"{piece.column}-{piece.column + piece.length - 1}"

@@ -126,6 +126,19 @@ class TrainSection(Section):
     compile: bool = Field(default=False, description="torch.compile; needs a GPU")
 
 
+class GuardSection(Section):
+    """What a step may show before it is tried again, then skipped. NaN and infinity never move the weights, whatever stands here."""
+
+    loss_spike: float = Field(
+        default=10,
+        ge=0,
+        description="times the usual change from step to step, above the recent mean, at which a loss is a spike; 0: never",
+    )
+    grad_spike: float = Field(default=20, ge=0, description="times the recent mean of the gradient's norm that are a spike; 0: none")
+    max_skips: int = Field(default=3, ge=1, description="batches skipped in a row, before the weights go back to the last checkpoint's")
+    max_rollbacks: int = Field(default=2, ge=0, description="times that they do, before the run stops")
+
+
 class CheckpointSection(Section):
     every_steps: int = Field(default=0, ge=0, description="0: only after the last step")
     keep: int = Field(default=3, ge=1)
@@ -171,6 +184,7 @@ class RunConfig(Section):
     data: DataSection
     parallel: ParallelSection = ParallelSection()
     train: TrainSection
+    guard: GuardSection = GuardSection()
     checkpoint: CheckpointSection = CheckpointSection()
     recovery: RecoverySection = RecoverySection()
     eval: EvalSection = EvalSection()

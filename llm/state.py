@@ -27,12 +27,26 @@ COUNTED: tuple[str, ...] = ("records", "bad", *CLEANING)
 
 
 @dataclass(frozen=True)
+class History:
+    """What the last steps that moved the weights showed, for the numeric guard (llm/train/guard.py). Losses in nats per token."""
+
+    steps: int = 0
+    last_loss: float = 0.0
+    loss: float = 0.0  # moving mean, as the next two
+    loss_change: float = 0.0  # from one step to the next, without its sign
+    grad_norm: float = 0.0
+    skipped: int = 0  # batches skipped since the last update
+    rollbacks: int = 0
+
+
+@dataclass(frozen=True)
 class TrainState:
-    step: int = 0  # optimizer updates done
-    tokens: int = 0  # predicted tokens so far, over all ranks: padding and masked positions not counted
+    step: int = 0  # batches done: optimizer updates, and batches that the guard skipped
+    tokens: int = 0  # predicted tokens of these batches, over all ranks: padding and masked positions not counted
     cursor: Cursor = field(default_factory=Cursor)  # the next sequence of the global order
     ledger: str = START  # the hash chain over all batches so far
     counts: Mapping[str, int] = field(default_factory=Counter)  # by COUNTED: of the windows that were begun so far
+    history: History = field(default_factory=History)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -41,6 +55,7 @@ class TrainState:
             "cursor": asdict(self.cursor),
             "ledger": self.ledger,
             "counts": dict(self.counts),
+            "history": asdict(self.history),
         }
 
     @staticmethod
@@ -52,4 +67,5 @@ class TrainState:
             Cursor(cursor["epoch"], cursor["window"], cursor["offset"], tuple(cursor["began"])),
             data["ledger"],
             Counter(data["counts"]),
+            History(**data["history"]),
         )

@@ -1,8 +1,9 @@
 """Blocks of rows -> this rank's part of each batch, fetched ahead of the step that needs it.
 
-Tensor rank 0 of each data rank reads one block a step and broadcasts it to its tensor peers, which never touch the pipeline. The ranks
-then agree on what a batch is as a whole: how many tokens it predicts (the loss is divided by it), the digests of its rows (the ledger is
-made of them), and the cursor after it. Both run in a thread, on process groups of their own, one step ahead of training.
+Tensor rank 0 of each data rank reads blocks of several steps and broadcasts each step's rows to its tensor peers, which never touch the
+pipeline. The ranks then agree on what a batch is as a whole: how many tokens it predicts (the loss is divided by it), the digests of its
+rows (the ledger is made of them), and the cursor after it. Both run in a thread, on process groups of their own, one step ahead of
+training.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,7 +38,8 @@ class Reader(Protocol):
     """A data rank's access to the stream. Every data rank must begin at the same cursor."""
 
     def begin(self, cursor: Cursor) -> Iterator[Block]:
-        """The data rank's blocks from the cursor on, `rank_rows` rows each, for one pass; a call ends the pass before."""
+        """The data rank's blocks from the cursor on, for one pass; a call ends the pass before. A block is this rank's rows of one or more
+        batches, batch by batch: a multiple of `rank_rows`."""
         ...
 
 
@@ -149,7 +151,7 @@ class BatchFetcher:
             yield batch
 
     def _begin(self, cursor: Cursor) -> Iterator[Block | None]:
-        return iter(()) if self._reader is None else iter(self._reader.begin(cursor))
+        return iter(()) if self._reader is None else batches_of(self._reader.begin(cursor), self._shape[1])
 
     def _put(self, item: Batch | BaseException) -> None:
         while not self._stopped.is_set():
@@ -161,7 +163,7 @@ class BatchFetcher:
     def _agreed(self, block: Block | None, at: Cursor) -> Batch | None:
         """The batch that this rank's block is a part of, once all ranks have told what they hold; None where the pass is at its end."""
         mesh, groups, rank_rows = self._mesh, self._groups, self._shape[1]
-        rows = torch.zeros(self._shape, dtype=torch.int32)
+        rows = torch.zeros(self._shape, dtype=torch.int32, pin_memory=torch.cuda.is_available())  # copied to a GPU while it computes
         # Whether there is a block, predicted tokens, epoch, window, next offset; the wish to stop; COUNTED; the rows' digests.
         facts = np.zeros(FIXED_FACTS + len(COUNTED) + rank_rows * DIGEST_BYTES // 8, dtype=np.int64)
         facts[5] = self._stop()
@@ -202,6 +204,13 @@ class BatchFetcher:
                 f"{bad} of {records} records are unreadable, more than data.max_bad_frac={self._max_bad_frac} allows (of at least "
                 f"{MIN_RECORDS_JUDGED} records). quarantine/ in the run's folder lists them: mend them, or raise data.max_bad_frac."
             )
+
+
+def batches_of(blocks: Iterable[Block], rank_rows: int) -> Iterator[Block]:
+    """Blocks cut into this rank's part of each batch: views, nothing is copied."""
+    for block in blocks:
+        for first in range(0, len(block["ids"]), rank_rows):
+            yield {name: column[first : first + rank_rows] for name, column in block.items()}
 
 
 def count_predicted(segments: Tensor, isolate: bool) -> int:

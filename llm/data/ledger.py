@@ -21,6 +21,6 @@ def row_digests(ids: np.ndarray, segments: np.ndarray) -> np.ndarray:
     return np.frombuffer(found, dtype=np.uint8).reshape(-1, DIGEST_BYTES)
 
 
-def advanced(ledger: str, digests: np.ndarray) -> str:
-    """The ledger after a batch with these row digests, in the batch's order."""
-    return hashlib.blake2b(bytes.fromhex(ledger) + digests.tobytes(), digest_size=DIGEST_BYTES).hexdigest()
+def advanced(ledger: str, digests: np.ndarray, outcome: str = "") -> str:
+    """The ledger after a batch with these row digests, in the batch's order. `outcome`: what became of it, where it was not trained on."""
+    return hashlib.blake2b(bytes.fromhex(ledger) + digests.tobytes() + outcome.encode(), digest_size=DIGEST_BYTES).hexdigest()

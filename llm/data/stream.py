@@ -48,8 +48,9 @@ MOST_BYTES_PER_TOKEN = 16
 
 # A block costs Ray 5 to 10 ms, in the task that makes it and in the one process that deals all blocks: with one a step and data rank, that
 # would be what limits small models. Large rows are not worth holding back for it.
-MAX_BATCHES_PER_GROUP = 64
+MAX_BATCHES_PER_GROUP = 512
 GROUP_BYTES = 8 << 20
+MIN_GROUPS = 8  # of a run, so that a short one does not wait until all of it is tokenized
 
 FILLED = ("slices", "rows", "tokens", "records", "bad")
 
@@ -156,7 +157,7 @@ def _safe_context() -> ray.data.DataContext:
 
 def batches_per_group(seq_len: int, batch_rows: int, num_batches: int) -> int:
     batch_bytes = batch_rows * (seq_len + 1) * 8  # two columns of int32
-    return max(1, min(MAX_BATCHES_PER_GROUP, GROUP_BYTES // batch_bytes, num_batches))
+    return max(1, min(MAX_BATCHES_PER_GROUP, GROUP_BYTES // batch_bytes, num_batches // MIN_GROUPS))
 
 
 def rank_major(group_rows: int, batches: int, data_size: int, rows: Any) -> dict[str, np.ndarray]:

@@ -45,6 +45,7 @@ class StepTrace:
     pieces: tuple[Piece, ...]
     ledger: str  # what the corpus gives now
     recorded: str  # what the run wrote
+    outcome: str  # what became of the batch, where it was not trained on
 
     @property
     def verified(self) -> bool:
@@ -93,8 +94,10 @@ class TracedRun:
             for piece in taken.pieces:
                 uri, position = window.documents.of(int(piece[DOCUMENT]))
                 pieces.append(Piece(first + int(piece[0]), int(piece[COLUMN]), int(piece[LENGTH]), uri, position, int(piece[OFFSET])))
-        ledger = advanced(before["ledger"] if before else START, np.concatenate(digests))
-        return StepTrace(step, begins, tuple(pieces), ledger, self.steps[step]["ledger"])
+        row = self.steps[step]
+        outcome = row.get("outcome", "")
+        ledger = advanced(before["ledger"] if before else START, np.concatenate(digests), outcome)
+        return StepTrace(step, begins, tuple(pieces), ledger, row["ledger"], outcome)
 
     def first_unverified(self) -> StepTrace | None:
         """The first step that the corpus no longer gives as the run recorded it."""

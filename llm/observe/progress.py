@@ -152,6 +152,8 @@ class ProgressLine:
                 self.waiting("preparing the first step")
         elif event == "checkpoint" and not self._is_live and self._due_in_s() <= 0:
             self._print(f"checkpoint at step {row.get('step')}")
+        elif event == "guard":
+            self._print(f"step {row.get('step')} {row.get('action')}: {row.get('cause')}")
         elif event == "restart":
             reason = f": {row['reason']}" if row.get("reason") else ""
             self._print(f"restarted from step {row.get('step')}{reason}")

@@ -131,6 +131,13 @@ class Engine:
             self._refuse_unsplit(model)
         for group in self.optimizer.param_groups:
             group.setdefault("peak_lr", group["lr"])  # Muon's groups are made by DeepSpeed
+        # DeepSpeed computes the norm and moves the weights in one call: what lies between them is the inner optimizer's step.
+        inner = self.optimizer if self.stage == 0 else self.optimizer.optimizer
+        self._update: Callable[[], object] = inner.step
+        inner.step = self._update_if_allowed
+        self._may_update: Callable[[float], bool] = lambda norm: True
+        self._allowed: bool | None = None  # None: not asked yet in this step
+        self._norm: Any = None
 
     @property
     def module(self) -> nn.Module:
@@ -150,16 +157,33 @@ class Engine:
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()
 
-    def step(self, lr_factor: float) -> Tensor:
-        """Clips, updates the weights with every group's own learning rate x `lr_factor`; returns the gradient's global norm before
-        clipping (infinite where fp16 overflowed and the update was left out)."""
+    def step(self, lr_factor: float, may_update: Callable[[float], bool]) -> tuple[float, bool]:
+        """Clips, updates the weights with every group's own learning rate x `lr_factor`, lets the gradients go.
+
+        `may_update` is asked once, on every rank, with the gradient's global norm before clipping, before any weight or moment moves: where
+        it says no, none does. Its answer must be the same on all ranks. Returns the norm, infinite where it is not finite (DeepSpeed leaves
+        such updates out by itself; with fp16 it lowers the loss scale, too), and whether the weights moved.
+
+        Muon's momentum moves before it is asked, so there its no comes too late for the momentum, though not for the weights.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor
-        norm = self._clip() if self.stage == 0 else None
+        self._may_update, self._allowed = may_update, None
+        self._norm = self._clip() if self.stage == 0 else None
         self.deepspeed.step()
-        if norm is None:
-            norm = self.deepspeed.get_global_grad_norm()
-        return torch.as_tensor(float("nan") if norm is None else norm, dtype=torch.float32, device="cpu")
+        if self._allowed is None:
+            self._norm = float("inf")
+            may_update(self._norm)
+        return float(self._norm), bool(self._allowed)
+
+    def _update_if_allowed(self) -> None:
+        """In the place of the inner optimizer's step, which DeepSpeed calls for each group of parameters."""
+        if self._allowed is None:
+            if self.stage:
+                self._norm = self.optimizer._global_grad_norm
+            self._allowed = self._may_update(float(self._norm))
+        if self._allowed:
+            self._update()
 
     def _clip(self) -> Tensor:
         """The global gradient norm at stage 0: what is split counts on every tensor rank, what is replicated once."""
@@ -180,7 +204,7 @@ class Engine:
             dist.all_reduce(split)
             split = split.cpu() / self.mesh.data_size
         norm = (split + whole).sqrt()
-        if self.grad_clip and norm > self.grad_clip:
+        if self.grad_clip and self.grad_clip < norm < float("inf"):
             for gradient in gradients:
                 gradient.mul_(self.grad_clip / (float(norm) + 1e-6))
         return norm

@@ -9,11 +9,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
 from llm.checkpoint.layout import Layout
+from llm.checkpoint.newest import newest_state
 from llm.checkpoint.restore import restore_checkpoint
 from llm.checkpoint.save import save_checkpoint
 from llm.checkpoint.store import CheckpointStore
@@ -25,7 +27,8 @@ from llm.job import Job
 from llm.model.build import build_model, enable_activation_checkpointing
 from llm.parallel.mesh import Mesh
 from llm.parallel.zero import Engine, best_precision
-from llm.state import COUNTED, TrainState
+from llm.state import COUNTED, History, TrainState
+from llm.train.guard import judge_of, settled
 from llm.train.life import Incident, Wish
 from llm.train.optimizer import param_groups
 from llm.train.recorder import Recorder, StepTimes
@@ -119,10 +122,15 @@ def build_engine(job: Job, mesh: Mesh) -> Engine:
 
 
 def steps(
-    job: Job, engine: Engine, batches: Iterable[Batch], state: TrainState, watchdog: Watchdog | Unwatched | None = None
+    job: Job,
+    engine: Engine,
+    batches: Iterable[Batch],
+    state: TrainState,
+    roll_back: Callable[[], int],
+    watchdog: Watchdog | Unwatched | None = None,
 ) -> Iterator[tuple[TrainState, StepResult, StepTimes]]:
-    """Each step's new state, its result (tensors, not yet read) and its times. The time of a step ends where the next begins to wait for
-    data, so what the consumer does in between is not counted."""
+    """Each step's new state, its result and its times. The time of a step ends where the next begins to wait for data, so what the consumer
+    does in between is not counted. `roll_back` puts an older checkpoint's weights back and returns its step, 0 where there is none."""
     source, watchdog = iter(batches), watchdog or Unwatched()
     while True:
         began_s = time.perf_counter()
@@ -131,6 +139,8 @@ def steps(
         if batch is None:
             return
         got_s = time.perf_counter()
+        if batch.cursor.began != state.cursor.began:
+            state = replace(state, history=History(rollbacks=state.history.rollbacks))  # other data have other losses
         watchdog.begin_step(state.step + 1)
         # Dropout follows from the seed and the step, on every device and whatever went before; alike in a tensor group, which shares its
         # activations.
@@ -138,16 +148,19 @@ def steps(
         result = train_step(
             engine,
             batch,
+            judge_of(job.config, state.history),
             microbatch_rows=job.config.microbatch_rows,
             isolate=job.config.data.isolate_documents,
             lr_factor=lr_factor(job.config.train, state.step),
         )
+        result, history = settled(job.config.guard, result, state, roll_back)
         state = TrainState(
             step=state.step + 1,
             tokens=state.tokens + batch.predicted_tokens,
             cursor=batch.cursor,
-            ledger=advanced(state.ledger, batch.digests),
+            ledger=advanced(state.ledger, batch.digests, result.outcome),
             counts=Counter(state.counts) + batch.counts,
+            history=history,
         )
         watchdog.end_step(time.perf_counter() - began_s)
         yield state, result, StepTimes(time.perf_counter() - began_s, got_s - began_s)
@@ -168,8 +181,18 @@ def _train_and_save(
         with watchdog.phase("evaluation"):
             _evaluate(job, engine, recorder, 0)
     evaluated_step = start.step
-    for after, result, times in steps(job, engine, batches, start, watchdog):
+
+    def roll_back() -> int:
+        with watchdog.phase("going back to a checkpoint"):
+            newest = newest_state(store)
+            if newest.step:
+                restore_checkpoint(engine, newest, layout, store)
+            return newest.step
+
+    for after, result, times in steps(job, engine, batches, start, roll_back, watchdog):
         recorder.step(state, after, result, times, config.train.lr * lr_factor(config.train, state.step))
+        if result.troubles:
+            recorder.event("guard", step=after.step, action=result.outcome or "retried", cause=result.troubles[-1])
         state = after
         if _due(config.eval.every_steps, state.step):
             recorder.flush()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 from llm.config import S3Section
-from llm.errors import TrainingError
 from llm.job import Job
 from llm.metrics import MetricsWriter, eval_row, event_row, step_row
 from llm.metrics_file import UploadSink
@@ -90,23 +88,21 @@ class Recorder:
             self.flush()
 
     def flush(self) -> None:
-        """Writes the pending rows. Raises TrainingError, on every rank, where a loss is not finite; LeaseError, on rank 0, where another
-        driver has the run now."""
+        """Writes the pending rows. Raises LeaseError, on rank 0, where another driver has the run now."""
         pending, self._pending = self._pending, []
         if self._writer is not None:
             self._require_lease()
         for before, after, result, times, lr, elapsed_s in pending:
-            loss = float(result.loss)
             if self._writer is not None:
                 tokens_per_s = (after.tokens - before.tokens) / times.step_s
                 row = step_row(
                     step=after.step,
-                    loss=loss,
+                    loss=result.loss,
                     tokens=after.tokens,
                     tokens_per_s=tokens_per_s,
                     data_wait_frac=min(1.0, times.data_wait_s / times.step_s),
                     lr=lr,
-                    grad_norm=float(result.grad_norm),
+                    grad_norm=result.grad_norm,
                     step_s=times.step_s,
                     mfu=tokens_per_s * self._mfu_factor if self._mfu_factor else None,
                     elapsed_s=elapsed_s,
@@ -114,13 +110,9 @@ class Recorder:
                     window=after.cursor.window,
                     offset=after.cursor.offset,
                     ledger=after.ledger,
+                    outcome=result.outcome,
                 )
                 self._writer.write(row)
-            if not math.isfinite(loss):
-                raise TrainingError(
-                    f"the loss of step {after.step} is {loss}: training cannot go on. Lower train.lr, lengthen train.warmup_steps, or "
-                    "set train.precision to fp32 or bf16; the last checkpoint is from before it."
-                )
 
     def _require_lease(self) -> None:
         """A driver that takes a run over needs seconds until it writes a row, so once a second is often enough."""

@@ -1,7 +1,11 @@
-"""One optimizer step, and one evaluation. The loss is in nats per predicted token of the whole batch, whatever the layout."""
+"""One optimizer step, and one evaluation. The loss is in nats per predicted token of the whole batch, whatever the layout.
+
+A step is judged before the weights move, by llm/train/guard.py, and tried once more where it is bad.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,18 +15,41 @@ from torch import Tensor
 from llm.data.batches import Batch
 from llm.model.loss import model_inputs, sum_loss
 from llm.parallel.zero import Engine
+from llm.train.guard import Judge
+
+ATTEMPTS = 2
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss`: mean over the batch's predicted tokens, in nats, a scalar tensor on the engine's device; `grad_norm`: before clipping."""
+    """`loss`: mean over the batch's predicted tokens, in nats; `grad_norm`: before clipping; `troubles`: what was wrong with each attempt;
+    `outcome`: what became of a batch that did not move the weights."""
 
-    loss: Tensor
-    grad_norm: Tensor
+    loss: float
+    grad_norm: float
+    troubles: tuple[str, ...] = ()
+    outcome: str = ""
 
 
-def train_step(engine: Engine, batch: Batch, *, microbatch_rows: int, isolate: bool, lr_factor: float) -> StepResult:
-    """Forward and backward over this rank's microbatches, then one update. All ranks must call it.
+def train_step(engine: Engine, batch: Batch, judge: Judge, *, microbatch_rows: int, isolate: bool, lr_factor: float) -> StepResult:
+    """Forward and backward over this rank's microbatches, then one update, if the judge finds nothing wrong; else both once more, and then
+    no update. All ranks must call it.
+    """
+    troubles: list[str] = []
+    while True:
+        loss, norm, trouble = _attempt(engine, batch, judge, microbatch_rows, isolate, lr_factor)
+        if trouble is not None:
+            troubles.append(trouble)
+        if trouble is None:
+            return StepResult(loss, norm, tuple(troubles))
+        if len(troubles) == ATTEMPTS:
+            return StepResult(loss, norm, tuple(troubles), "skipped")
+
+
+def _attempt(
+    engine: Engine, batch: Batch, judge: Judge, microbatch_rows: int, isolate: bool, lr_factor: float
+) -> tuple[float, float, str | None]:
+    """(loss, norm of the gradient, what was wrong).
 
     Each microbatch's summed loss is divided by the predicted tokens of the *whole* batch before backward, so unequally masked
     microbatches weigh as they should: 1 microbatch of 8 rows, 2 of 4 and 4 of 2 give the same gradient.
@@ -33,8 +60,20 @@ def train_step(engine: Engine, batch: Batch, *, microbatch_rows: int, isolate: b
         loss = _summed_loss(engine, batch.ids[rows], batch.segments[rows], isolate) / batch.predicted_tokens
         total += loss.detach()
         engine.backward(loss)
-    grad_norm = engine.step(lr_factor)
-    return StepResult(_over_data_ranks(engine, total), grad_norm)
+    loss, trouble = float("nan"), None
+
+    def may_update(norm: float) -> bool:
+        """Agreed over all ranks: a rank that alone held back would part from the others for ever."""
+        nonlocal loss, trouble
+        overflowed = engine.precision == "fp16" and norm == math.inf  # the loss scale was too high, which is no trouble
+        of_gradient = None if overflowed else judge.of_gradient(norm)
+        sums = _over_data_ranks(engine, torch.stack([total, torch.full_like(total, of_gradient is not None)])).tolist()
+        loss = sums[0]
+        trouble = judge.of_loss(loss) or of_gradient or ("another rank's gradient is bad" if sums[1] else None)
+        return trouble is None
+
+    norm, _ = engine.step(lr_factor, may_update)
+    return loss, norm, trouble
 
 
 @torch.no_grad()
@@ -61,7 +100,8 @@ def evaluate(engine: Engine, ids: Tensor, segments: Tensor, *, microbatch_rows: 
 
 
 def _summed_loss(engine: Engine, ids: Tensor, segments: Tensor, isolate: bool) -> Tensor:
-    inputs, labels, valid = model_inputs(ids.to(engine.device), segments.to(engine.device), isolate)
+    ids, segments = (rows.to(engine.device, non_blocking=True) for rows in (ids, segments))
+    inputs, labels, valid = model_inputs(ids, segments, isolate)
     return sum_loss(engine.forward(**inputs), labels, valid)
 
 

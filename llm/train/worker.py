@@ -160,9 +160,7 @@ class ShardReader:
         # No execution begins before every data rank has asked for one, so all of its tasks find what is written here.
         if self._data_rank == 0:
             start_file(self._job).write(cursor)
-        yield from self._shard.iter_batches(
-            batch_size=self._job.config.rank_rows, batch_format="numpy", prefetch_batches=2, drop_last=False
-        )
+        yield from self._shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
 
 
 def _log_file(job: Job, rank: int) -> Path:

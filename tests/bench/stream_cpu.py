@@ -20,7 +20,9 @@ from llm.data.order import Cursor
 from llm.data.window import Recipe
 
 READERS = 2
-WARM_FRAC = 0.2  # of the batches: read before the clock starts, so that what processes do once (imports, building a tokenizer) is left out
+# Of the batches: read before the clock starts, so that what processes do once (imports, building a tokenizer) is left out, and left unread
+# when it stops, so that as much lies ready then as at the start.
+WARM_FRAC, UNREAD_FRAC = 0.2, 0.2
 SAMPLE_S = 1.0
 ROLES = {"ray::Reader": "readers", "ray::SplitCoordinator": "coordinator", "ray::": "tasks", "raylet": "raylet", "gcs_server": "gcs"}
 
@@ -29,7 +31,9 @@ class Reader:
     """A data rank: what `llm/train/worker.py` and `llm/data/batches.py` do to a block until it is tensors."""
 
     def __init__(self, shard: Any, rank_rows: int) -> None:
-        self._blocks = iter(shard.iter_batches(batch_size=rank_rows, batch_format="numpy", prefetch_batches=2, drop_last=False))
+        from llm.data.batches import batches_of
+
+        self._batches = batches_of(shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2), rank_rows)
 
     def read(self, num_batches: int) -> int:
         """Takes the next batches; the number of ids in them."""
@@ -38,7 +42,7 @@ class Reader:
 
         ids = 0
         for _ in range(num_batches):
-            block = next(self._blocks)
+            block = next(self._batches)
             rows = [torch.from_numpy(np.array(block[name], dtype=np.int32)) for name in ("ids", "segments")]
             ids += rows[0].numel()
         return ids
@@ -82,7 +86,7 @@ class TreeCpu:
 def run_stream(
     recipe: Recipe, cache: TokenCache | None, batch_rows: int, num_batches: int, windows_ahead: int, sender: Any, profile: str = ""
 ) -> None:
-    """Sends (ids read, CPU seconds by role, wall seconds) of the batches after the first WARM_FRAC."""
+    """Sends (ids read, CPU seconds by role, wall seconds) of the batches between the first WARM_FRAC and the last UNREAD_FRAC."""
     with tempfile.TemporaryDirectory() as folder, connected(total_cpus(READERS, windows_ahead)):
         import ray
 
@@ -105,11 +109,11 @@ def run_stream(
         shards = OneSplitPerDataRank(1).configure({"train": dataset}, READERS, None, None)
         actor: Any = ray.remote(num_cpus=1)(Reader)
         readers = [actor.remote(shard["train"], batch_rows // READERS) for shard in shards]
-        warm = int(num_batches * WARM_FRAC)
+        warm, measured = int(num_batches * WARM_FRAC), int(num_batches * (1 - WARM_FRAC - UNREAD_FRAC))
         ray.get([reader.read.remote(warm) for reader in readers])
         cpu = TreeCpu()
         before, began = cpu.by_role(), time.perf_counter()
-        ids = sum(ray.get([reader.read.remote(num_batches - warm) for reader in readers]))
+        ids = sum(ray.get([reader.read.remote(measured) for reader in readers]))
         spent, took = cpu.by_role(), time.perf_counter() - began
         cpu.close()
         spent.subtract(before)
