@@ -4,8 +4,8 @@ The clock runs while a command does: the time between two commands is nobody's, 
 exactly one part; what no row accounts for is `other`.
 
 Example: a command runs 100 s. Its loop begins after 10 s (start-up), makes 40 s of steps of which 2 s waited for data, and a worker dies.
-The next loop begins 15 s after the last row (down time) from a checkpoint 5 s of steps back (redone), and makes the steps of 35 s more: 68 s
-of 100 were useful.
+The next loop begins 15 s after the last row (down time) from a checkpoint 5 s of steps back (redone), and makes the steps of 35 s more:
+68 s of 100 were useful.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Goodput:
 
 def goodput(rows: Sequence[Row]) -> Goodput:
     """Of the rows of metrics.jsonl, in their order in the file."""
-    parts = dict.fromkeys(PARTS, 0.0)
+    parts: dict[str, float] = {**dict.fromkeys(PARTS, 0.0)}
     for command in _commands(rows):
         loops = 0
         before_loop_s = 0.0  # on the command's clock: where the start-up or the down time that comes next begins

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
 import ray
-from ray._raylet import RAY_NODE_ID_KEY
+from ray._private.state import state as ray_state
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 TAIL_BYTES = 256 << 10  # of metrics.jsonl: enough for its last step
 WAIT_FOR_NODES_S = 1.0  # between two looks for room, while there is none for the fewest workers
 LOOK_FOR_NODES_S = 5.0  # while there are fewer workers than the run wants
+NODE_ID_LABEL = "ray.io/node-id"  # which Ray puts on every node
 STARTUP_ERRORS = ("WorkerGroupStartupFailedError", "WorkerGroupStartupTimeoutError")
 
 # Of this controller process: its policies are unpickled apart from each other, so they cannot share an object.
@@ -108,9 +110,9 @@ class LegalSizes(FixedScalingPolicy):
         logger.info("recovery: %d workers on %d nodes", len(nodes), len(set(nodes)))
         assert self._train_run_context is not None
         # The list that the controller reads when it makes the group: one label a worker.
-        self._train_run_context.scaling_config.label_selector = [{RAY_NODE_ID_KEY: node} for node in nodes]
+        self._train_run_context.scaling_config.label_selector = [{NODE_ID_LABEL: node} for node in nodes]
         self._more, self._looked_at_s = 0, time.monotonic()
-        return ResizeDecision(len(nodes), self.scaling_config._resources_per_worker_not_none)
+        return ResizeDecision(len(nodes), self._per_worker())
 
     def make_decision_for_running_worker_group(
         self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
@@ -124,10 +126,14 @@ class LegalSizes(FixedScalingPolicy):
                 worker_group_state.workers[0].actor.execute.remote(life.ask_to_stop, life.Wish.GROWTH)
         return NoopDecision()
 
+    def _per_worker(self) -> dict[str, float]:
+        found: Any = self.scaling_config._resources_per_worker_not_none  # wrongly annotated in Ray
+        return dict(found)
+
     def _placement(self) -> list[str]:
         """The node of each worker that the cluster has room for, the data tasks' CPUs left free."""
-        needed = self.scaling_config._resources_per_worker_not_none
-        leaving = ray._private.state.state.get_draining_nodes() or {}
+        needed = self._per_worker()
+        leaving = ray_state.get_draining_nodes() or {}
         alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
         room = {
             node["NodeID"]: min(int(node["Resources"].get(name, 0.0) // amount) for name, amount in needed.items() if amount)
