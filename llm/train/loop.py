@@ -31,6 +31,7 @@ from llm.state import COUNTED, History, TrainState
 from llm.train.guard import judge_of, settled
 from llm.train.life import Incident, Wish
 from llm.train.optimizer import param_groups
+from llm.train.pace import ForwardClock, SlowRanks
 from llm.train.recorder import Recorder, StepTimes
 from llm.train.schedule import lr_factor
 from llm.train.step import StepResult, evaluate, train_step
@@ -54,7 +55,7 @@ def train(
     record; `incident`: why the group before this one ended. Where `wish` is above 0 on any rank, all save and raise PlannedStop.
     `watchdog`: told where training is. torch.distributed must be initialized.
     """
-    config, started = job.config, dict(phases or {})
+    config, started, clock = job.config, dict(phases or {}), ForwardClock()
     fetcher = BatchFetcher(
         reader,
         mesh,
@@ -67,6 +68,7 @@ def train(
         isolate=config.data.isolate_documents,
         max_bad_frac=config.data.max_bad_frac,
         stop=wish,
+        pace=clock.take,
     )
     precision = best_precision(config.train.precision, config.parallel.zero_stage)
     device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -74,6 +76,7 @@ def train(
     try:
         began_s = time.perf_counter()
         engine = build_engine(job, mesh)
+        clock.attach(engine.deepspeed.module, engine.device)
         started["building the model and the engine"] = time.perf_counter() - began_s
         store = CheckpointStore(job.run_uri, config.s3)
         parallel = config.parallel
@@ -180,7 +183,7 @@ def _train_and_save(
     if start.step == 0:
         with watchdog.phase("evaluation"):
             _evaluate(job, engine, recorder, 0)
-    evaluated_step = start.step
+    evaluated_step, slow = start.step, SlowRanks()
 
     def roll_back() -> int:
         with watchdog.phase("going back to a checkpoint"):
@@ -193,6 +196,8 @@ def _train_and_save(
         recorder.step(state, after, result, times, config.train.lr * lr_factor(config.train, state.step))
         if result.troubles:
             recorder.event("guard", step=after.step, action=result.outcome or "retried", cause=result.troubles[-1])
+        for rank, slower in slow.look(batches.paces).items():
+            recorder.event("slow_rank", rank=rank, times=round(slower, 1), step=after.step)
         state = after
         if _due(config.eval.every_steps, state.step):
             recorder.flush()
