@@ -47,7 +47,14 @@ def begin(address: str, port: int, incident: Incident | None) -> None:
     global _incident
     _incident = incident
     os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
-    signal.signal(signal.SIGTERM, lambda number, frame: ask_to_stop(Wish.SIGTERM))
+    signal.signal(signal.SIGTERM, _on_sigterm)
+
+
+def _on_sigterm(number: int, frame: object) -> None:
+    """The first asks for a planned stop, the second ends the process."""
+    if _wish is Wish.SIGTERM:
+        os._exit(128 + number)
+    ask_to_stop(Wish.SIGTERM)
 
 
 def incident() -> Incident | None:

@@ -77,13 +77,13 @@ def _train(job: Job, mesh: Mesh, reader: ShardReader | None, start: TrainState, 
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    watchdog = _watchdog(job, mesh)
     try:
         _require_tensor_groups_on_nodes(mesh, context.get_node_rank())
-        watchdog = _watchdog(job, mesh)
         watchdog.start(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
         train(job, mesh, reader, start, phases, incident=life.incident(), wish=life.wish, watchdog=watchdog)
-        watchdog.close()
     finally:
+        watchdog.close()
         dist.destroy_process_group()
 
 

@@ -129,4 +129,4 @@ def test_a_run_that_crashes_again_and_again_stops_with_its_causes(recipe):
 @pytest.mark.faults
 @pytest.mark.timeout(3000)
 def test_twenty_kills_through_ray_leave_every_checkpoint_bit_identical(recipe):
-    kill_campaign(recipe, (*SETTINGS, "train.steps=2000", "checkpoint.every_steps=20"), kills=20, seed=20)
+    kill_campaign(recipe, (*SETTINGS, "train.steps=1500", "checkpoint.every_steps=15"), kills=20, seed=20)
