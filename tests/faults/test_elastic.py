@@ -19,7 +19,7 @@ from tests.small_run import ROOT, start_run
 SETTINGS = (
     "parallel.workers=4",
     "parallel.tensor=2",
-    "train.steps=600",
+    "train.steps=300",
     "train.batch_rows=16",
     "train.lr=1.0e-3",
     "data.seq_len=64",
