@@ -5,6 +5,7 @@ A dead worker takes its peers with it, which fail in their collectives: of all e
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ class Cause(Enum):
 NEVER_RETRIED = (Cause.REFUSED, Cause.BUG)
 FREE = (Cause.PLANNED, Cause.PREEMPTED, Cause.NO_ROOM)  # nobody's fault: they use up no budget
 _ORDER = list(Cause)
+_PEER_LOST = re.compile(r"gloo|pair\.cc|NCCL|ProcessGroup|[Cc]onnection|peer|socket|[Bb]roken pipe|[Tt]imed out|[Tt]imeout|TCPStore")
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,15 @@ def _cause_of(error: BaseException) -> tuple[Cause, str]:
         return _cause_of_ours(error), line
     if name.startswith("Actor") or name in ("RayActorError", "WorkerHealthCheckTimeoutError"):
         return _cause_of_death(error, text)
-    if name == "OutOfMemoryError" and not type(error).__module__.startswith("torch"):
-        return Cause.OUT_OF_MEMORY, "killed by Ray because its node ran out of memory"
+    if name == "OutOfMemoryError":
+        on_gpu = type(error).__module__.startswith("torch")
+        return Cause.OUT_OF_MEMORY, line if on_gpu else "killed by Ray because its node ran out of memory"
     if getattr(error, "errno", None) in (28, 122) or "No space left" in text:
         return Cause.STORAGE_FULL, line
-    # A collective that lost its peer is a RuntimeError of torch; Ray's own errors come from a lost object or process.
+    # A collective that lost its peer is a RuntimeError of torch, and so is a fault of a GPU; Ray's own errors come from a lost object or
+    # process.
     if isinstance(error, RuntimeError | OSError) or type(error).__module__.startswith("ray."):
-        return Cause.LOST_PEER, f"{name}: {line}"
+        return Cause.LOST_PEER if _PEER_LOST.search(text) else Cause.CRASH, f"{name}: {line}"
     return Cause.BUG, f"{name}: {line}"
 
 

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from llm.metrics import read_rows, rows_of
+from llm.observe.goodput import goodput
 from tests.kills import Watched, checkpoints, finish, ledger, train_workers
 from tests.small_run import start_run
 
@@ -47,6 +48,9 @@ def kill_campaign(recipe: Path, settings: tuple[str, ...], kills: int, seed: int
     assert [row["number"] for row in restarts] == list(range(1, kills + 1))
     assert {row["cause"] for row in restarts} <= {"worker crash", "lost connection"}
     assert "restarted from step" in out
+    spent = goodput(read_rows(run.run / "metrics.jsonl"))
+    assert abs(spent.wall_s - sum(spent.parts_s.values())) <= 0.01 * spent.wall_s and spent.parts_s["other"] <= 0.01 * spent.wall_s, spent
+    assert spent.parts_s["down time"] > kills and "goodput" in out
 
 
 def test_a_killed_worker_restarts_and_the_run_ends_the_same(recipe):

@@ -46,6 +46,7 @@ CONNECTION_LOST = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0
         ({0: DataError("too many bad records"), 1: CONNECTION_LOST}, Cause.REFUSED, (0,)),
         ({0: TrainingError("the loss of step 3 is nan"), 1: died("End of file")}, Cause.REFUSED, (0,)),
         ({0: KeyError("x")}, Cause.BUG, (0,)),
+        ({0: CONNECTION_LOST, 1: RuntimeError("CUDA error: uncorrectable ECC error encountered")}, Cause.CRASH, (1,)),
     ],
 )
 def test_the_error_that_explains_most_is_the_cause(errors, cause, ranks):
