@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from cluster.connect import cluster_gpus, connected, is_private, require_cpus
@@ -64,22 +65,20 @@ def pretrain(config: RunConfig, started_at_s: float) -> None:
             f"note: run.storage={config.run.storage} is relative, so this run is kept in {uri} on the head node, where a submitted job's "
             "folder is removed later. Set run.storage to a shared folder or s3://bucket/prefix to keep it."
         )
-    with (
-        ProgressLine(config.train.steps, every_steps=config.log.every_steps) as progress,
-        held_lease(uri, config.s3, config.recovery.lease_s, progress.note) as lease,
-    ):
+    with ProgressLine(config.train.steps, every_steps=config.log.every_steps) as progress:
         with progress.phase("reading the corpus and the tokenizer"):
-            prepared = prepare(config, uri, started_at_s, lease.fence.check)
+            prepared = prepare(config, uri, started_at_s)
+        with held_lease(uri, config.s3, config.recovery.lease_s, progress.note) as lease:
             record_run(config, prepared.stream.files, prepared.job.tokenizer.fingerprint)
-        watcher = RunWatcher(uri, config.s3, config.log, config.model_dump(), progress)
-        with redirect_noise(watcher.folder / "logs" / "driver.log"), tempfile.TemporaryDirectory() as ray_folder:
-            try:
-                _train(prepared, watcher, lease, Path(ray_folder))
-                require_finished(config)
-            except BaseException:
-                watcher.abandon()
-                raise
-        watcher.finish()
+            watcher = RunWatcher(uri, config.s3, config.log, config.model_dump(), progress)
+            with redirect_noise(watcher.folder / "logs" / "driver.log"), tempfile.TemporaryDirectory() as ray_folder:
+                try:
+                    _train(prepared, watcher, lease, Path(ray_folder))
+                    require_finished(config)
+                except BaseException:
+                    watcher.abandon()
+                    raise
+            watcher.finish()
 
 
 def _train(prepared: Prepared, watcher: RunWatcher, lease: Lease, ray_folder: Path) -> None:
@@ -102,7 +101,8 @@ def _train(prepared: Prepared, watcher: RunWatcher, lease: Lease, ray_folder: Pa
         from llm.train.launch import WorkerResources, fit  # imports Ray, which must be connected first
 
         resources = WorkerResources(plan.cpus_per_worker, plan.gpus_per_worker)
-        fit(prepared.job, prepared.recipe, resources, str(ray_folder), watch, private_cluster=is_private())
+        job = replace(prepared.job, fence=lease.fence.check)
+        fit(job, prepared.recipe, resources, str(ray_folder), watch, private_cluster=is_private())
 
 
 def _take_over_signals() -> None:

@@ -165,7 +165,7 @@ def steps(
             counts=Counter(state.counts) + batch.counts,
             history=history,
         )
-        watchdog.end_step(time.perf_counter() - began_s)
+        watchdog.end_step()
         yield state, result, StepTimes(time.perf_counter() - began_s, got_s - began_s)
 
 

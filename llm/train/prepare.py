@@ -5,14 +5,13 @@ Everything that can be refused is refused here, within seconds, and nothing heav
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from llm.config import RunConfig
 from llm.data.corpus import PlannedStream, evaluation_rows, plan_stream, with_builtin_corpus
 from llm.data.window import Recipe
 from llm.errors import ConfigError
-from llm.job import Job, no_fence
+from llm.job import Job
 from llm.model.checks import check_model
 from llm.model.presets import model_config
 from llm.storage import is_s3, local_path, read_bytes
@@ -26,7 +25,7 @@ class Prepared:
     stream: PlannedStream
 
 
-def prepare(config: RunConfig, run_uri: str, started_at_s: float, fence: Callable[[], None] = no_fence) -> Prepared:
+def prepare(config: RunConfig, run_uri: str, started_at_s: float) -> Prepared:
     """Raises ConfigError with every problem of the model and its fit, TokenizerError, DataError or StorageError."""
     config = _with_absolute_model_path(with_builtin_corpus(config))
     tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.eos, config.s3)
@@ -43,7 +42,7 @@ def prepare(config: RunConfig, run_uri: str, started_at_s: float, fence: Callabl
         raise ConfigError("\n".join(message for _, message in problems))
     stream = plan_stream(config, tokenizer)
     rows = evaluation_rows(config, stream.recipe)
-    job = Job(config, run_uri, model, tokenizer, rows, stream.recipe.plan.schedule, started_at_s, fence)
+    job = Job(config, run_uri, model, tokenizer, rows, stream.recipe.plan.schedule, started_at_s)
     return Prepared(job, stream.recipe, stream)
 
 

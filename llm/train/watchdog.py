@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import math
 import os
 import sys
 import threading
@@ -71,7 +72,7 @@ class Watchdog:
         self._step, self._phase, self._since_s = 0, STARTING, time.monotonic()
         self._steps_s: deque[float] = deque(maxlen=STEPS_KEPT)
         self._store: Any = None
-        self._curious = False
+        self._warm = self._curious = False
         self._reached_s = time.monotonic()  # the store, last
         self._answered = 0  # the number of the last question answered here
         self._asked: dict[int, float] = {}  # own questions since training stands still: number -> when
@@ -90,15 +91,17 @@ class Watchdog:
         self._closed.set()
 
     def begin_step(self, step: int) -> None:
-        """Training begins to work on `step`, this process's first if none has ended yet."""
+        """Training begins to work on `step`; the first two of a process are given `long_phase_s`."""
         with self._lock:
             self._step, self._since_s = step, time.monotonic()
-            self._phase = STEP if self._steps_s else "first step"
+            self._phase = STEP if self._steps_s else "first steps"
 
-    def end_step(self, step_s: float) -> None:
+    def end_step(self) -> None:
         """What follows is still the step, as on a GPU its numbers may not be there yet, until a phase or the next step begins."""
         with self._lock:
-            self._steps_s.append(step_s)
+            if self._warm:  # the first compiles, and fills pools of memory: it says nothing of the others
+                self._steps_s.append(time.monotonic() - self._since_s)
+            self._warm = True
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -115,7 +118,7 @@ class Watchdog:
         """How long what this rank is doing may take."""
         if self._phase != STEP:
             return self._long_phase_s
-        slowest = sorted(self._steps_s)[max(0, int(len(self._steps_s) * 0.99) - 1)]
+        slowest = sorted(self._steps_s)[math.ceil(len(self._steps_s) * 0.99) - 1]
         return max(self._hang_s, HANG_STEPS * slowest)
 
     def _watch(self) -> None:
@@ -204,7 +207,7 @@ class Unwatched:
     """For training that nobody watches."""
 
     def begin_step(self, step: int) -> None: ...
-    def end_step(self, step_s: float) -> None: ...
+    def end_step(self) -> None: ...
     def phase(self, name: str) -> AbstractContextManager[None]:
         return nullcontext()
 

@@ -44,7 +44,7 @@ def work(rank: int, world_size: int, logs: str, hang_rank: int, how: str) -> tup
                 else:
                     asleep_in_forward()
             dist.all_reduce(torch.ones(4))
-            watchdog.end_step(0.02)
+            watchdog.end_step()
 
     threading.Thread(target=train, daemon=True).start()
     if rank == hang_rank and how == "stop":
@@ -65,8 +65,8 @@ def no_hang(rank: int, world_size: int, logs: str) -> list[str]:
     watchdog.start(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     for step in range(1, 4):
         watchdog.begin_step(step)
-        time.sleep(0.4 if step > 1 else 2.0)  # the first step has the time of a long phase
-        watchdog.end_step(0.4)
+        time.sleep(0.3 if step > 1 else 2.0)  # the first step has the time of a long phase
+        watchdog.end_step()
     with watchdog.phase("save"):
         time.sleep(3.0)
     watchdog.close()
