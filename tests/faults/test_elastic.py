@@ -39,18 +39,17 @@ def start_on(address: str, recipe: Path, *settings: str) -> subprocess.Popen[str
 
 @pytest.mark.faults
 @pytest.mark.timeout(1500)
-def test_four_workers_two_and_four_again_as_nodes_go_and_come_back(recipe):
+def test_four_workers_two_and_four_again_as_nodes_go_and_come_back(recipe, monkeypatch):
     from ray.cluster_utils import Cluster
 
-    memory = 100 << 20
-    finish(start_run(recipe, *SETTINGS, "run.name=whole", "run.storage=" + str(recipe.parent / "runs")), 600)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the nodes' processes import the training code
+    memory, storage = 100 << 20, f"run.storage={recipe.parent / 'runs'}"
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": memory, "include_dashboard": False})
     process = None
     try:
         cluster.add_node(num_cpus=2, object_store_memory=memory)
         leaver = cluster.add_node(num_cpus=2, object_store_memory=memory)
         cluster.wait_for_nodes()
-        storage = "run.storage=" + str(recipe.parent / "runs")
         process = start_on(cluster.address, recipe, *SETTINGS, "run.name=elastic", storage, "parallel.min_workers=2")
         run = Watched(process, recipe.parent / "runs" / "elastic")
         run.await_row("step", count=30, timeout_s=300)
@@ -66,6 +65,7 @@ def test_four_workers_two_and_four_again_as_nodes_go_and_come_back(recipe):
             process.kill()
             process.communicate()
         cluster.shutdown()
+    finish(start_run(recipe, *SETTINGS, "run.name=whole", storage), 600)
     elastic, whole = recipe.parent / "runs" / "elastic", recipe.parent / "runs" / "whole"
     starts = rows_of(read_rows(elastic / "metrics.jsonl"), "event", "start")
     assert [row["workers"] for row in starts] == [4, 2, 4]
