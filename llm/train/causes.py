@@ -44,6 +44,7 @@ class Cause(Enum):
 NEVER_RETRIED = (Cause.REFUSED, Cause.BUG)
 FREE = (Cause.PLANNED, Cause.PREEMPTED, Cause.NO_ROOM)  # nobody's fault: they use up no budget
 _ORDER = list(Cause)
+_SOURCE_LINE = re.compile(r"^\[\S*\] ")  # "[/path/pair.cc:553] Connection closed by peer": where in torch
 _PEER_LOST = re.compile(r"gloo|pair\.cc|NCCL|ProcessGroup|[Cc]onnection|peer|socket|[Bb]roken pipe|[Tt]imed out|[Tt]imeout|TCPStore")
 
 
@@ -82,7 +83,9 @@ def _cause_of(error: BaseException) -> tuple[Cause, str]:
     # A collective that lost its peer is a RuntimeError of torch, and so is a fault of a GPU; Ray's own errors come from a lost object or
     # process.
     if isinstance(error, RuntimeError | OSError) or type(error).__module__.startswith("ray."):
-        return Cause.LOST_PEER if _PEER_LOST.search(text) else Cause.CRASH, f"{name}: {line}"
+        if _PEER_LOST.search(text):
+            return Cause.LOST_PEER, _SOURCE_LINE.sub("", line).split(". ")[0]
+        return Cause.CRASH, f"{name}: {line}"
     return Cause.BUG, f"{name}: {line}"
 
 

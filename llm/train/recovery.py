@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 TAIL_BYTES = 256 << 10  # of metrics.jsonl: enough for its last step
 WAIT_FOR_NODES_S = 1.0  # between two looks for room, while there is none for the fewest workers
 LOOK_FOR_NODES_S = 5.0  # while there are fewer workers than the run wants
+NODE_LOSS_KNOWN_S = 3.0
 NODE_ID_LABEL = "ray.io/node-id"  # which Ray puts on every node
 STARTUP_ERRORS = ("WorkerGroupStartupFailedError", "WorkerGroupStartupTimeoutError")
 
@@ -54,11 +55,14 @@ class Restarts(FailurePolicy):
         super().__init__(FailureConfig(max_failures=-1))
         self._job = job
         self._budget = Budget(job.config.recovery)
+        self._nodes = _living_nodes()
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         global _incident, _not_before_s
-        failure = _failure(training_failed_error)
-        now_s = time.time()
+        failure, now_s = _failure(training_failed_error), time.time()
+        if failure.cause is Cause.LOST_PEER and _lost_node(self._nodes):
+            failure = Failure(Cause.NODE_LOST, (), "a node went away")
+        self._nodes = _living_nodes()
         verdict = self._budget.judge(failure, _furthest_step(self._job), now_s)
         logger.info("recovery: %s -> %s", failure, verdict)
         if verdict.gave_up is not None:
@@ -150,6 +154,21 @@ def _pause() -> bool:
     if left_s > 0:
         time.sleep(min(0.5, left_s))
     return left_s > 0
+
+
+def _living_nodes() -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def _lost_node(before: set[str]) -> bool:
+    """Whether one of these nodes is gone. Peers see their connections close before Ray knows, so it is given a moment where there are
+    several."""
+    deadline_s = time.monotonic() + (NODE_LOSS_KNOWN_S if len(before) > 1 else 0.0)
+    while not before - _living_nodes():
+        if time.monotonic() >= deadline_s:
+            return False
+        time.sleep(0.25)
+    return True
 
 
 def _failure(error: TrainingFailedError) -> Failure:

@@ -54,7 +54,8 @@ def test_four_workers_two_and_four_again_as_nodes_go_and_come_back(recipe, monke
         run = Watched(process, recipe.parent / "runs" / "elastic")
         run.await_row("step", count=30, timeout_s=300)
         cluster.remove_node(leaver, allow_graceful=False)
-        run.await_row("event", "restart", timeout_s=300)
+        rows = run.await_row("event", "restart", timeout_s=300)
+        assert rows_of(rows, "event", "restart")[0]["cause"] == "node lost", rows
         run.await_row("step", count=10, timeout_s=300)
         cluster.add_node(num_cpus=2, object_store_memory=memory)
         rows = run.await_row("event", "restart", timeout_s=300)

@@ -27,7 +27,7 @@ def died(text: str, preempted: bool = False) -> Exception:
     return WorkerHealthCheckFailedError(ActorDiedError(text, preempted))
 
 
-CONNECTION_LOST = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:1234")
+CONNECTION_LOST = RuntimeError("[/a/gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:1234. This is typically caused by ...")
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,10 @@ CONNECTION_LOST = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0
 def test_the_error_that_explains_most_is_the_cause(errors, cause, ranks):
     found = failure_of(errors)
     assert (found.cause, found.ranks) == (cause, ranks)
+
+
+def test_a_lost_connection_is_told_without_the_line_of_torchs_source():
+    assert str(failure_of({2: CONNECTION_LOST})) == "lost connection (rank 2: Connection closed by peer [127.0.0.1]:1234)"
 
 
 def crash(cause: Cause = Cause.CRASH) -> Failure:
