@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from cluster.connect import cluster_gpus, connected, is_private, require_cpus
@@ -18,6 +19,7 @@ from llm.observe.progress import ProgressLine
 from llm.observe.quiet import redirect_noise
 from llm.observe.watch import RunWatcher
 from llm.storage import is_s3
+from llm.train.lease import Lease, held_lease
 from llm.train.prepare import Prepared, prepare
 from llm.train.runs import claim_run, record_run, require_finished, run_uri
 
@@ -66,33 +68,41 @@ def pretrain(config: RunConfig, started_at_s: float) -> None:
     with ProgressLine(config.train.steps, every_steps=config.log.every_steps) as progress:
         with progress.phase("reading the corpus and the tokenizer"):
             prepared = prepare(config, uri, started_at_s)
+        with held_lease(uri, config.s3, config.recovery.lease_s, progress.note) as lease:
             record_run(config, prepared.stream.files, prepared.job.tokenizer.fingerprint)
-        watcher = RunWatcher(uri, config.s3, config.log, config.model_dump(), progress)
-        with redirect_noise(watcher.folder / "logs" / "driver.log"), tempfile.TemporaryDirectory() as ray_folder:
-            try:
-                _train(prepared, watcher, Path(ray_folder))
-                require_finished(config)
-            except BaseException:
-                watcher.abandon()
-                raise
-        watcher.finish()
+            watcher = RunWatcher(uri, config.s3, config.log, config.model_dump(), progress)
+            with redirect_noise(watcher.folder / "logs" / "driver.log"), tempfile.TemporaryDirectory() as ray_folder:
+                try:
+                    _train(prepared, watcher, lease, Path(ray_folder))
+                    require_finished(config)
+                except BaseException:
+                    watcher.abandon()
+                    raise
+            watcher.finish()
 
 
-def _train(prepared: Prepared, watcher: RunWatcher, ray_folder: Path) -> None:
+def _train(prepared: Prepared, watcher: RunWatcher, lease: Lease, ray_folder: Path) -> None:
     config = prepared.job.config
     parallel = config.parallel
-    cpus = total_cpus(parallel.workers, config.data.windows_ahead)
+
+    def watch() -> None:
+        lease.require()
+        watcher.poll()
+
+    least = parallel.min_workers or parallel.workers
+    cpus = total_cpus(least if not is_private() else parallel.workers, config.data.windows_ahead)
     with ExitStack() as stack:
         with watcher.progress.phase("connecting to Ray"):
             stack.enter_context(connected(cpus))
         _take_over_signals()  # Ray has put its own handler in their place
         require_cpus(cpus)
-        plan = plan_workers(parallel.workers, parallel.tensor, cluster_gpus())
+        plan = plan_workers(least, parallel.tensor, cluster_gpus())
         watcher.progress.waiting("starting the workers")
         from llm.train.launch import WorkerResources, fit  # imports Ray, which must be connected first
 
         resources = WorkerResources(plan.cpus_per_worker, plan.gpus_per_worker)
-        fit(prepared.job, prepared.recipe, resources, str(ray_folder), watcher.poll, private_cluster=is_private())
+        job = replace(prepared.job, fence=lease.fence.check)
+        fit(job, prepared.recipe, resources, str(ray_folder), watch, private_cluster=is_private())
 
 
 def _take_over_signals() -> None:

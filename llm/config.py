@@ -94,6 +94,9 @@ class DataSection(Section):
 
 class ParallelSection(Section):
     workers: int = Field(default=1, ge=1)
+    min_workers: int | None = Field(
+        default=None, ge=1, description="elastic: where nodes are missing, as few workers as this; None: always `workers`"
+    )
     tensor: int = Field(default=1, ge=1, description="workers that share one copy of the model's matrices")
     zero_stage: Literal[0, 1, 2, 3] = 1
     offload: Literal["none", "optimizer", "all"] = Field(default="none", description="ZeRO offload to CPU memory; all: weights too")
@@ -142,6 +145,21 @@ class CheckpointSection(Section):
     keep_every: int = Field(default=0, ge=0, description="those at multiples of these steps stay too; 0: none")
 
 
+class RecoverySection(Section):
+    """What a run does about failures. Each `max_` is the number of restarts for that cause in any 24 hours."""
+
+    max_crashes: int = Field(default=20, ge=0, description="a worker process died, or lost its peers")
+    max_out_of_memory: int = Field(default=3, ge=0, description="a worker was killed because its node had no memory left")
+    max_node_losses: int = Field(default=100, ge=0, description="a node went away; a preemption that was announced costs nothing")
+    max_hangs: int = Field(default=5, ge=0, description="the ranks stopped making steps")
+    max_storage_errors: int = Field(default=5, ge=0, description="a checkpoint or row could not be written or read")
+    max_without_progress: int = Field(default=3, ge=1, description="restarts in a row that bring no newer step, whatever the cause")
+    first_wait_s: float = Field(default=1.0, ge=0, le=60, description="before a restart that follows one without progress; then doubled")
+    hang_s: float = Field(default=10.0, ge=1, description="a step that takes longer, and 5 times the slowest of late, is a hang")
+    long_phase_s: float = Field(default=1800.0, ge=1, description="the same for start-up, first step, evaluation, save, export, data wait")
+    lease_s: float = Field(default=30.0, ge=3, description="a driver that gives no sign for so long may be replaced by another")
+
+
 class EvalSection(Section):
     every_steps: int = Field(default=0, ge=0, description="0: before the first and after the last step only")
     rows: int = Field(default=64, ge=0, description="held-out sequences; 0: no evaluation, nothing held out")
@@ -169,6 +187,7 @@ class RunConfig(Section):
     train: TrainSection
     guard: GuardSection = GuardSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    recovery: RecoverySection = RecoverySection()
     eval: EvalSection = EvalSection()
     export: ExportSection = ExportSection()
     log: LogSection = LogSection()
@@ -210,6 +229,11 @@ def cross_checks(config: RunConfig) -> list[tuple[str, str]]:
         )
     else:
         found += _batch_problems(config)
+        least = parallel.min_workers
+        if least is not None and (least > parallel.workers or least % parallel.tensor):
+            at_most = min(least, parallel.workers) // parallel.tensor * parallel.tensor or parallel.tensor
+            rule = f"must be a multiple of parallel.tensor={parallel.tensor} and at most parallel.workers={parallel.workers}"
+            found.append(("parallel.min_workers", f"parallel.min_workers={least} {rule}. Nearest legal value: {at_most}"))
     if (model.preset is None) == (model.path is None):
         found.append(("model.preset", "give exactly one of model.preset and model.path"))
     if model.init == "pretrained" and model.path is None:

@@ -37,6 +37,7 @@ MAY_CHANGE = (
     "train.activation_checkpointing",
     "train.compile",
     "checkpoint",
+    "recovery",
     "eval.every_steps",
     "export",
     "log",

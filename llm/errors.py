@@ -41,3 +41,27 @@ class TrainingError(HeadraceError):
     """Training cannot go on: a non-finite loss, ranks that disagree, data that ran out."""
 
     exit_code = 1
+
+
+class RecoveryError(HeadraceError):
+    """Training failed, was restarted, and failed again: restarting it once more would not help."""
+
+    exit_code = 1
+
+
+class PlannedStop(HeadraceError):
+    """Training stopped in order, its state saved, to go on at once in another worker group. Recovery acts on it; no user sees it."""
+
+    exit_code = 1
+
+
+class HangError(HeadraceError):
+    """The ranks stopped making progress; says which did not arrive."""
+
+    exit_code = 1
+
+
+class LeaseError(HeadraceError):
+    """Another driver trains this run."""
+
+    exit_code = 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,10 @@ from llm.config import RunConfig
 from llm.data.order import Schedule
 from llm.data.pack import Rows
 from llm.tokenizer import Tokenizer
+
+
+def no_fence() -> None:
+    """For a run that nobody else can be training."""
 
 
 @dataclass(frozen=True)
@@ -20,3 +25,4 @@ class Job:
     eval_rows: Rows  # held out of training; empty where eval.rows is 0
     schedule: Schedule  # of the mixture's stages
     started_at_s: float  # Unix time at which the user's command began: start-up is counted from there
+    fence: Callable[[], None] = no_fence  # raises LeaseError where another driver has taken the run over

@@ -11,7 +11,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,6 +28,8 @@ from llm.state import COUNTED, TrainState
 
 BATCHES_AHEAD = 2
 MIN_RECORDS_JUDGED = 1000  # data.max_bad_frac is a fraction of at least this many records, so that one early bad record ends no run
+
+FIXED_FACTS = 7  # numbers at the front of what a rank tells of its block
 
 Block = Mapping[str, np.ndarray]
 
@@ -51,6 +53,8 @@ class Batch:
     cursor: Cursor  # the sequence after the batch's last
     digests: np.ndarray  # uint8 (batch_rows, DIGEST_BYTES), in the batch's order
     counts: Counter[str]  # records of the windows that it begins, see COUNTED
+    paces: tuple[int, ...] = ()  # by rank: what its `pace` said
+    stop: int = 0  # the greatest of what the ranks' `stop` said when it was fetched: they all stop after the same step
 
 
 class DataGroups:
@@ -72,6 +76,9 @@ class BatchFetcher:
 
     `reader` is there on tensor rank 0 only (None on its peers). Iterating raises DataError where the corpus holds no text or too many
     records are bad, on every rank, so that none waits for another.
+
+    `stop` is asked for each batch: a number above 0 on any rank makes `Batch.stop` and `stop_asked` so on all, some BATCHES_AHEAD steps
+    later. `pace`, a whole number too, comes to all ranks the same way. Neither costs a collective of its own.
     """
 
     def __init__(
@@ -87,6 +94,8 @@ class BatchFetcher:
         seq_len: int,
         isolate: bool,
         max_bad_frac: float,
+        stop: Callable[[], int] = lambda: 0,
+        pace: Callable[[], int] = lambda: 0,
     ) -> None:
         self._reader = reader
         self._mesh = mesh
@@ -96,6 +105,9 @@ class BatchFetcher:
         self._shape = (2, rank_rows, seq_len + 1)
         self._isolate = isolate
         self._max_bad_frac = max_bad_frac
+        self._stop, self._pace = stop, pace
+        self.stop_asked = 0  # of the batches given so far
+        self.paces: tuple[int, ...] = ()  # of the last batch given
         self._counts = Counter(start.counts)
         self._fetched: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=BATCHES_AHEAD)
         self._stopped = threading.Event()
@@ -108,6 +120,7 @@ class BatchFetcher:
             item = self._fetched.get()
             if isinstance(item, BaseException):
                 raise item
+            self.stop_asked, self.paces = max(self.stop_asked, item.stop), item.paces
             yield item
 
     def close(self) -> None:
@@ -154,15 +167,16 @@ class BatchFetcher:
         """The batch that this rank's block is a part of, once all ranks have told what they hold; None where the pass is at its end."""
         mesh, groups, rank_rows = self._mesh, self._groups, self._shape[1]
         rows = torch.zeros(self._shape, dtype=torch.int32, pin_memory=torch.cuda.is_available())  # copied to a GPU while it computes
-        # Whether there is a block, predicted tokens, epoch, window, next offset; COUNTED; the rows' digests.
-        facts = np.zeros(5 + len(COUNTED) + rank_rows * DIGEST_BYTES // 8, dtype=np.int64)
+        # Whether there is a block, predicted tokens, epoch, window, next offset; the wish to stop, the pace; COUNTED; the rows' digests.
+        facts = np.zeros(FIXED_FACTS + len(COUNTED) + rank_rows * DIGEST_BYTES // 8, dtype=np.int64)
+        facts[5:FIXED_FACTS] = self._stop(), self._pace()
         if block is not None and len(block["ids"]) == rank_rows:
             rows[0] = torch.from_numpy(np.array(block["ids"], dtype=np.int32))
             rows[1] = torch.from_numpy(np.array(block["segments"], dtype=np.int32))
             epoch, window, offset = (int(x) for x in block["position"][-1])
             facts[:5] = 1, count_predicted(rows[1], self._isolate), epoch, window, offset + 1
-            facts[5 : 5 + len(COUNTED)] = block["counts"].sum(axis=0)
-            facts[5 + len(COUNTED) :] = row_digests(rows[0].numpy(), rows[1].numpy()).reshape(-1).view(np.int64)
+            facts[FIXED_FACTS : FIXED_FACTS + len(COUNTED)] = block["counts"].sum(axis=0)
+            facts[FIXED_FACTS + len(COUNTED) :] = row_digests(rows[0].numpy(), rows[1].numpy()).reshape(-1).view(np.int64)
         if groups.tensor is not None:
             dist.broadcast(rows, src=groups.first_rank, group=groups.tensor)
         gathered = [torch.empty(len(facts), dtype=torch.int64) for _ in range(mesh.world_size)]
@@ -172,15 +186,19 @@ class BatchFetcher:
             return None
         if not readers[:, 0].all():
             raise TrainingError(f"data ranks disagree on the stream after {at}: some have a block of {rank_rows} rows, some have none.")
-        counts: Counter[str] = Counter(dict(zip(COUNTED, readers[:, 5 : 5 + len(COUNTED)].sum(axis=0).tolist(), strict=True)))
+        counts: Counter[str] = Counter(
+            dict(zip(COUNTED, readers[:, FIXED_FACTS : FIXED_FACTS + len(COUNTED)].sum(axis=0).tolist(), strict=True))
+        )
         self._judge(counts)
         predicted = int(readers[:, 1].sum())
         epoch, window, offset = (int(x) for x in readers[-1, 2:5])
         cursor = Cursor(epoch, window, offset, at.began)
         if predicted == 0:
             raise TrainingError(f"the batch before {cursor} has no token to predict: all its documents are one token long.")
-        digests = np.ascontiguousarray(readers[:, 5 + len(COUNTED) :]).view(np.uint8).reshape(-1, DIGEST_BYTES)
-        return Batch(rows[0], rows[1], predicted, cursor, digests, counts)
+        digests = np.ascontiguousarray(readers[:, FIXED_FACTS + len(COUNTED) :]).view(np.uint8).reshape(-1, DIGEST_BYTES)
+        stop = max(int(facts[5]) for facts in gathered)
+        paces = tuple(int(facts[6]) for facts in gathered)
+        return Batch(rows[0], rows[1], predicted, cursor, digests, counts, paces, stop)
 
     def _judge(self, counts: Counter[str]) -> None:
         self._counts.update(counts)

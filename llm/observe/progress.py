@@ -157,6 +157,8 @@ class ProgressLine:
         elif event == "restart":
             reason = f": {row['reason']}" if row.get("reason") else ""
             self._print(f"restarted from step {row.get('step')}{reason}")
+        elif event == "slow_rank":
+            self._print(f"rank {row.get('rank')} is slow: its forward passes take {row.get('times')} times as long as the others'")
         elif event == "export":
             self._print(f"model exported to {row.get('path')}")
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llm.metrics import Row, bits_per_token, rows_of
+from llm.observe.goodput import Goodput, goodput
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Summary:
     tokens_per_s: float | None = None
     data_wait_frac: float | None = None
     mfu: float | None = None
+    goodput: Goodput | None = None
     restarts: int = 0
     checkpoints: int = 0
     precision: str | None = None
@@ -63,6 +65,7 @@ def summarize(rows: Sequence[Row], outputs: Mapping[str, str] | None = None) -> 
         tokens_per_s=_over_time(steady, "tokens_per_s"),
         data_wait_frac=_over_time(steady, "data_wait_frac"),
         mfu=_over_time(steady, "mfu"),
+        goodput=goodput(rows),
         restarts=len(rows_of(rows, "event", "restart")),
         checkpoints=len({row.get("step") for row in rows_of(rows, "event", "checkpoint")}),
         precision=start.get("precision"),
@@ -113,6 +116,9 @@ def summary_lines(summary: Summary) -> list[tuple[str, str]]:
         lines.append(("throughput", f"{summary.tokens_per_s:,.0f} tokens/s"))
     if summary.data_wait_frac is not None:
         lines.append(("waiting for data", f"{summary.data_wait_frac:.2%} of step time"))
+    if summary.goodput is not None and summary.goodput.wall_s > 0:
+        lost = [f"{name} {duration(s)}" for name, s in summary.goodput.parts_s.items() if name != "useful" and s >= 0.05]
+        lines.append(("goodput", f"{summary.goodput.useful_frac:.1%} of the time in useful steps; the rest: {', '.join(lost) or 'none'}"))
     if summary.precision:
         lines.append(("precision", summary.precision))
     if summary.mfu is not None:

@@ -16,10 +16,14 @@ from typing import Any
 import ray
 import ray.data
 from ray.exceptions import RayTaskError
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import Result, RunConfig, ScalingConfig
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import HEALTH_CHECK_INTERVAL_S_ENV_VAR, WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
+from ray.train.v2._internal.execution.context import TrainRunContext
+from ray.train.v2._internal.util import ObjectRefWrapper
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from llm.data.cache import token_cache
@@ -29,6 +33,8 @@ from llm.data.window import Recipe
 from llm.errors import HeadraceError, TrainingError
 from llm.job import Job
 from llm.storage import join
+from llm.train import life, recovery
+from llm.train.elastic import with_workers
 from llm.train.worker import DATASET, start_file, work
 
 
@@ -37,20 +43,22 @@ class _Rendezvous(Backend):
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         address, port = worker_group.execute_single(0, get_address_and_port)
-        worker_group.execute(_set_master, address, port)
+        worker_group.execute(life.begin, address, port, recovery.incident())
 
 
 class RendezvousConfig(BackendConfig):
-    """Tells every worker where rank 0 is; the worker itself makes the process group."""
+    """Tells every worker where rank 0 is, and why the group before it ended; the worker itself makes the process group."""
 
     @property
     def backend_cls(self) -> type[Backend]:
         return _Rendezvous
 
 
-def _set_master(address: str, port: int) -> None:
-    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+# How often Ray's controller asks the workers how they are: what a restart waits for before anything happens. 2 s by default.
+HEALTH_CHECK_S = 0.5
 
+# How long an elastic group waits for its places before it looks again which nodes there are. 60 s by default.
+ELASTIC_START_TIMEOUT_S = 20
 
 # Read by glibc when a process starts; other C libraries do not know these names. It shall keep what is freed, up to 2 GiB, instead of
 # giving it back to the system after every tensor, and in one arena: the others are given back when they are empty, and Ray Train's function
@@ -68,12 +76,48 @@ class WorkerResources:
     gpus: float
 
 
-class _PrivateTrainer(DataParallelTrainer):
-    """For a cluster that ends with this process: nobody needs to clean up after a dead controller there, and the actor that would
-    costs 4 s of CPU time at start-up."""
+class _Trainer(DataParallelTrainer):
+    """With policies of our own in Ray's controller."""
+
+    def __init__(self, job: Job, recipe: Recipe, *, private_cluster: bool, **options: Any) -> None:
+        super().__init__(work, train_loop_config={"job": job}, **options)
+        self._job, self._recipe, self._private = job, recipe, private_cluster
+
+    def fit(self) -> Result:
+        os.environ.setdefault(HEALTH_CHECK_INTERVAL_S_ENV_VAR, str(HEALTH_CHECK_S))
+        elastic = self._job.config.parallel.min_workers is not None
+        if elastic:
+            os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, str(ELASTIC_START_TIMEOUT_S))
+        result = self._initialize_and_run_controller(
+            train_fn_ref=ObjectRefWrapper(self._get_train_func()),
+            scaling_policy=recovery.LegalSizes(self._job, self.scaling_config) if elastic else recovery.AfterAWait(self.scaling_config),
+            failure_policy=recovery.Restarts(self._job),
+            train_run_context=self.train_run_context,
+            callbacks=self._create_default_callbacks(),
+        )
+        if result.error:
+            raise result.error
+        return result
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)]
+        """On a cluster that ends with this process nobody needs to clean up after a dead controller: the actor that would costs 4 s of CPU
+        time at start-up."""
+        found = super()._create_default_callbacks()
+        streams = _Streams(self.train_run_context, partial(_open_stream, self._job, self._recipe))
+        found = [streams if isinstance(callback, DatasetsCallback) else callback for callback in found]
+        return [c for c in found if not (self._private and isinstance(c, PlacementGroupCleanerCallback))]
+
+
+class _Streams(DatasetsCallback):
+    """A stream for as many data ranks as the worker group that starts has."""
+
+    def __init__(self, context: TrainRunContext, open_stream: Callable[[int], ray.data.Dataset]) -> None:
+        super().__init__(context, {})
+        self._open_stream = open_stream
+
+    def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
+        self._datasets = {DATASET: partial(self._open_stream, len(workers))}  # pyright: ignore[reportAttributeAccessIssue]
+        return super().before_init_train_context(workers)
 
 
 def fit(
@@ -91,10 +135,10 @@ def fit(
     Ray's trainer runs in a thread: in the main thread it would take over Ctrl-C, which here ends the run within seconds. Raises the
     worker's own HeadraceError where there is one, else TrainingError with the first lines of what Ray knows.
     """
-    kind = _PrivateTrainer if private_cluster else DataParallelTrainer
-    trainer = kind(
-        work,
-        train_loop_config={"job": job},
+    trainer = _Trainer(
+        job,
+        recipe,
+        private_cluster=private_cluster,
         backend_config=RendezvousConfig(),
         scaling_config=ScalingConfig(
             num_workers=job.config.parallel.workers,
@@ -104,13 +148,11 @@ def fit(
         run_config=RunConfig(
             name=job.config.run.name,
             storage_path=ray_folder,
-            failure_config=FailureConfig(max_failures=0),
             worker_runtime_env={
                 "worker_process_setup_hook": "llm.train.preload.begin",
                 "env_vars": {} if resources.gpus else KEEP_FREED_MEMORY,
             },
         ),
-        datasets={DATASET: partial(_open_stream, job, recipe)},  # pyright: ignore[reportArgumentType]
         dataset_config=OneSplitPerDataRank(job.config.parallel.tensor),
     )
     outcome: list[BaseException] = []
@@ -130,9 +172,9 @@ def fit(
         raise user_error(outcome[0])
 
 
-def _open_stream(job: Job, recipe: Recipe) -> ray.data.Dataset:
+def _open_stream(job: Job, recipe: Recipe, workers: int) -> ray.data.Dataset:
     """Called when a worker group starts. Where it begins is the workers' to say: they read the newest checkpoint."""
-    config = job.config
+    config = with_workers(job.config, workers)
     return sequences(
         recipe,
         start_file(job),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +14,10 @@ from llm.metrics_file import UploadSink
 from llm.model.flops import flops_per_token, peak_flops
 from llm.state import TrainState
 from llm.storage import exists, is_s3, join, read_bytes, write_bytes
+from llm.train.life import Incident
 from llm.train.step import StepResult
+
+FENCE_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Recorder:
         self.job = job
         self._pending: list[tuple[TrainState, TrainState, StepResult, StepTimes, float, float]] = []
         self._writer = _open_writer(job) if on else None
+        self._fenced_at_s = time.monotonic()
         per_token = flops_per_token(job.model_config, job.config.data.seq_len)
         peak = peak_flops(device_name, precision)
         # FLOPs of a token over the FLOP/s of all devices: a rate in tokens/s times it is the MFU.
@@ -39,16 +44,43 @@ class Recorder:
 
     def event(self, event: str, **fields: object) -> None:
         if self._writer is not None:
+            self._require_lease()
             self._writer.write(event_row(event, elapsed_s=self.elapsed_s(), **fields))
 
-    def evaluation(self, step: int, loss: float, tokens: int) -> None:
+    def evaluation(self, step: int, loss: float, tokens: int, eval_s: float) -> None:
         if self._writer is not None:
-            self._writer.write(eval_row(step=step, eval_loss=loss, eval_tokens=tokens))
+            self._writer.write(eval_row(step=step, eval_loss=loss, eval_tokens=tokens, eval_s=eval_s))
 
-    def resume_at(self, step: int) -> None:
-        """Drops the rows after `step`: those steps are done again."""
-        if self._writer is not None:
-            self._writer.truncate_after(step)
+    def resume_at(self, step: int, incident: Incident | None, phases: Mapping[str, float]) -> None:
+        """Drops the rows after `step`, whose steps are done again, and writes what that and the time since the last row cost.
+
+        `incident`: why the group before this one ended, None where the command itself is new; `phases`: this group's start-up, in seconds.
+        """
+        if self._writer is None:
+            return
+        self.job.fence()
+        rows = self._writer.rows()
+        self._writer.truncate_after(step)
+        if not step and incident is None:
+            return
+        redone = [row for row in rows if row["kind"] in ("step", "eval") and row["step"] > step]
+        steps_redone = [row for row in redone if row["kind"] == "step"]
+        fields: dict[str, object] = {
+            "reason": "the command was run again" if incident is None else incident.told,
+            "cause": "new command" if incident is None else incident.cause,
+            "steps_redone": len(steps_redone),
+            "redone_s": round(sum(row.get("step_s") or row.get("eval_s") or 0.0 for row in redone), 3),
+        }
+        if incident is not None:
+            last_s = max((row["elapsed_s"] for row in rows if row.get("elapsed_s") is not None), default=0.0)
+            noticed_s = incident.at_s - self.job.started_at_s - last_s
+            fields |= {
+                "number": incident.number,
+                "down_s": round(max(0.0, self.elapsed_s() - last_s), 3),
+                "noticed_s": round(max(0.0, noticed_s), 3),
+                "phases": {name: round(phase_s, 2) for name, phase_s in phases.items()},
+            }
+        self.event("restart", step=step, **fields)
 
     def step(self, before: TrainState, after: TrainState, result: StepResult, times: StepTimes, lr: float) -> None:
         self._pending.append((before, after, result, times, lr, self.elapsed_s()))
@@ -56,8 +88,10 @@ class Recorder:
             self.flush()
 
     def flush(self) -> None:
-        """Writes the pending rows."""
+        """Writes the pending rows. Raises LeaseError, on rank 0, where another driver has the run now."""
         pending, self._pending = self._pending, []
+        if self._writer is not None:
+            self._require_lease()
         for before, after, result, times, lr, elapsed_s in pending:
             if self._writer is not None:
                 tokens_per_s = (after.tokens - before.tokens) / times.step_s
@@ -80,6 +114,12 @@ class Recorder:
                 )
                 self._writer.write(row)
 
+    def _require_lease(self) -> None:
+        """A driver that takes a run over needs seconds until it writes a row, so once a second is often enough."""
+        if time.monotonic() - self._fenced_at_s >= FENCE_EVERY_S:
+            self.job.fence()
+            self._fenced_at_s = time.monotonic()
+
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
@@ -89,12 +129,13 @@ def _open_writer(job: Job) -> MetricsWriter:
     uri, s3 = join(job.run_uri, "metrics.jsonl"), job.config.s3
     if not is_s3(uri):
         return MetricsWriter(uri)
-    return MetricsWriter(UploadSink(get=partial(_get, uri, s3), put=partial(_put, uri, s3)))
+    return MetricsWriter(UploadSink(get=partial(_get, uri, s3), put=partial(_put, job, uri)))
 
 
 def _get(uri: str, s3: S3Section) -> bytes:
     return read_bytes(uri, s3) if exists(uri, s3) else b""
 
 
-def _put(uri: str, s3: S3Section, data: bytes) -> None:
-    write_bytes(uri, data, s3)
+def _put(job: Job, uri: str, data: bytes) -> None:
+    job.fence()
+    write_bytes(uri, data, job.config.s3)

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -21,14 +22,18 @@ from llm.checkpoint.newest import newest_state
 from llm.checkpoint.store import CheckpointStore
 from llm.data.order import Cursor
 from llm.data.start_file import StartFile
-from llm.errors import TrainingError
+from llm.errors import HangError, TrainingError
 from llm.job import Job
 from llm.observe.quiet import quiet_worker
 from llm.parallel.mesh import Mesh
 from llm.state import TrainState
 from llm.storage import is_s3, join, local_path
+from llm.train import life
+from llm.train.elastic import with_workers
+from llm.train.watchdog import Watchdog, exit_at_once
 
 DATASET = "train"
+HANG_EXIT_AFTER_S = 15.0  # what a hang is told, until the controller has ended the group
 Block = Mapping[str, Any]
 
 
@@ -39,8 +44,13 @@ def start_file(job: Job) -> StartFile:
 def work(config: dict[str, Any]) -> None:
     """The function that Ray Train runs on every worker. `config`: {"job": Job}."""
     job: Job = config["job"]
-    phases = {"from the command to the worker": time.time() - job.started_at_s}
+    incident = life.incident()
+    if incident is None:
+        phases = {"from the command to the worker": time.time() - job.started_at_s}
+    else:
+        phases = {"from the failure to the worker": time.time() - incident.at_s}
     context = ray.train.get_context()
+    job = replace(job, config=with_workers(job.config, context.get_world_size()))  # fewer than the run wants, where nodes are missing
     mesh = Mesh(context.get_world_rank(), context.get_world_size(), job.config.parallel.tensor)
     with quiet_worker(_log_file(job, mesh.rank)):
         shard = ray.train.get_dataset_shard(DATASET)  # a barrier: every rank calls it, tensor peers get None
@@ -67,11 +77,38 @@ def _train(job: Job, mesh: Mesh, reader: ShardReader | None, start: TrainState, 
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    watchdog = _watchdog(job, mesh)
     try:
         _require_tensor_groups_on_nodes(mesh, context.get_node_rank())
-        train(job, mesh, reader, start, phases)
+        watchdog.start(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        train(job, mesh, reader, start, phases, incident=life.incident(), wish=life.wish, watchdog=watchdog)
     finally:
+        watchdog.close()
         dist.destroy_process_group()
+
+
+def _watchdog(job: Job, mesh: Mesh) -> Watchdog:
+    limits = job.config.recovery
+    return Watchdog(
+        mesh.rank,
+        mesh.world_size,
+        _log_file(job, mesh.rank).parent,
+        hang_s=limits.hang_s,
+        long_phase_s=limits.long_phase_s,
+        on_hang=_fail_as_hanging,
+    )
+
+
+def _fail_as_hanging(error: HangError) -> None:
+    """Called by the watchdog: the training thread is stuck, so the controller is told in its place, and ends the process; where it cannot,
+    the process ends itself."""
+    from ray.train.v2._internal.execution.context import get_train_context
+    from ray.train.v2._internal.util import construct_user_exception_with_traceback
+
+    runner = get_train_context().execution_context.training_thread_runner
+    runner.get_exception_queue().put(construct_user_exception_with_traceback(error))
+    time.sleep(HANG_EXIT_AFTER_S)
+    exit_at_once(error)
 
 
 def _require_tensor_groups_on_nodes(mesh: Mesh, node_rank: int) -> None:

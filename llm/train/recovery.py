@@ -1,0 +1,204 @@
+"""Ray Train's decisions, made by us, in its controller: is a failed worker group started again, with how many workers, after what wait.
+
+Ray's own policy counts failures of all kinds in one number and knows no progress. The policies here are pickled into the controller;
+`incident()` is how the group that is about to start learns why the one before it ended.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import ray
+from ray._private.state import state as ray_state
+from ray.train import FailureConfig, ScalingConfig
+from ray.train.v2._internal.execution.context import TrainRunContext
+from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, NoopDecision, ResizeDecision, ScalingDecision
+from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
+from ray.train.v2.api.exceptions import ControllerError, PreemptionError, TrainingFailedError, WorkerGroupError
+
+from llm.checkpoint.store import CheckpointStore
+from llm.errors import HeadraceError, RecoveryError
+from llm.job import Job
+from llm.metrics_file import parse_line
+from llm.storage import exists, join, read_bytes
+from llm.train import life
+from llm.train.causes import Budget, Cause, Failure, failure_of
+from llm.train.elastic import legal_workers, place_workers
+from llm.train.life import Incident
+
+logger = logging.getLogger(__name__)
+
+TAIL_BYTES = 256 << 10  # of metrics.jsonl: enough for its last step
+WAIT_FOR_NODES_S = 1.0  # between two looks for room, while there is none for the fewest workers
+LOOK_FOR_NODES_S = 5.0  # while there are fewer workers than the run wants
+NODE_LOSS_KNOWN_S = 3.0
+NODE_ID_LABEL = "ray.io/node-id"  # which Ray puts on every node
+STARTUP_ERRORS = ("WorkerGroupStartupFailedError", "WorkerGroupStartupTimeoutError")
+
+# Of this controller process: its policies are unpickled apart from each other, so they cannot share an object.
+_incident: Incident | None = None
+_not_before_s = 0.0
+
+
+def incident() -> Incident | None:
+    """Why the last group ended; None for the first."""
+    return _incident
+
+
+class Restarts(FailurePolicy):
+    """Restarts by cause, within the budgets of `recovery:`. Where it gives up, the error says why, in words for the user."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(FailureConfig(max_failures=-1))
+        self._job = job
+        self._budget = Budget(job.config.recovery)
+        self._nodes = _living_nodes()
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        global _incident, _not_before_s
+        failure, now_s = _failure(training_failed_error), time.time()
+        if failure.cause is Cause.LOST_PEER and _lost_node(self._nodes):
+            failure = Failure(Cause.NODE_LOST, (), "a node went away")
+        self._nodes = _living_nodes()
+        verdict = self._budget.judge(failure, _furthest_step(self._job), now_s)
+        logger.info("recovery: %s -> %s", failure, verdict)
+        if verdict.gave_up is not None:
+            if failure.cause is not Cause.REFUSED:
+                _replace(training_failed_error, RecoveryError(f"training ended by {verdict.gave_up}"))
+            return FailureDecision.RAISE
+        if failure.cause is not Cause.NO_ROOM or _incident is None:  # no room: the group still waits to go on after what ended the last
+            _incident = Incident(failure.cause.value, str(failure), now_s, (_incident.number if _incident else 0) + 1)
+        _not_before_s = time.monotonic() + verdict.wait_s
+        return FailureDecision.RETRY
+
+
+class AfterAWait(FixedScalingPolicy):
+    """As many workers as the run has, once the wait of `Restarts` is over."""
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        if _pause():
+            return NoopDecision()
+        return super().make_decision_for_non_running_worker_group()
+
+
+class LegalSizes(FixedScalingPolicy):
+    """As many workers as fit on the nodes that are there, at the run's legal sizes, each bound to its node. When nodes come back, the
+    running group is asked to save and stop, and starts again with more.
+
+    What fits is reckoned from the nodes' whole size: the cluster is taken to be this run's.
+    """
+
+    def __init__(self, job: Job, scaling_config: ScalingConfig) -> None:
+        super().__init__(scaling_config)
+        self._config = job.config
+        self._legal = legal_workers(job.config)
+        self._train_run_context: TrainRunContext | None = None
+        self._looked_at_s = time.monotonic()
+        self._more = 0  # looks in a row that found room for more
+
+    def after_controller_start(self, train_run_context: TrainRunContext) -> None:
+        self._train_run_context = train_run_context
+        super().after_controller_start(train_run_context)
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        self._maybe_send_resource_request()
+        if _pause():
+            return NoopDecision()
+        nodes = self._placement()
+        if not nodes:
+            time.sleep(WAIT_FOR_NODES_S)
+            return NoopDecision()
+        logger.info("recovery: %d workers on %d nodes", len(nodes), len(set(nodes)))
+        assert self._train_run_context is not None
+        # The list that the controller reads when it makes the group: one label a worker.
+        self._train_run_context.scaling_config.label_selector = [{NODE_ID_LABEL: node} for node in nodes]
+        self._more, self._looked_at_s = 0, time.monotonic()
+        return ResizeDecision(len(nodes), self._per_worker())
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
+    ) -> ScalingDecision:
+        self._maybe_send_resource_request()
+        now_s = time.monotonic()
+        if worker_group_state.num_workers < self._legal[0] and now_s - self._looked_at_s >= LOOK_FOR_NODES_S:
+            self._looked_at_s = now_s
+            self._more = self._more + 1 if len(self._placement()) > worker_group_state.num_workers else 0
+            if self._more == 2:  # once, and not for a node that shows itself for a moment
+                worker_group_state.workers[0].actor.execute.remote(life.ask_to_stop, life.Wish.GROWTH)
+        return NoopDecision()
+
+    def _per_worker(self) -> dict[str, float]:
+        found: Any = self.scaling_config._resources_per_worker_not_none  # wrongly annotated in Ray
+        return dict(found)
+
+    def _placement(self) -> list[str]:
+        """The node of each worker that the cluster has room for, the data tasks' CPUs left free."""
+        needed = self._per_worker()
+        leaving = ray_state.get_draining_nodes() or {}
+        alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+        room = {
+            node["NodeID"]: min(int(node["Resources"].get(name, 0.0) // amount) for name, amount in needed.items() if amount)
+            for node in alive
+        }
+        free_cpus = sum(node["Resources"].get("CPU", 0.0) for node in alive) - self._config.data.windows_ahead
+        at_most = int(free_cpus // needed["CPU"]) if needed.get("CPU") else self._legal[0]
+        return place_workers(room, self._config.parallel.tensor, self._legal, at_most)
+
+
+def _pause() -> bool:
+    """Whether the wait before the next group is not over; a part of it has passed then, as the controller asks again at once."""
+    left_s = _not_before_s - time.monotonic()
+    if left_s > 0:
+        time.sleep(min(0.5, left_s))
+    return left_s > 0
+
+
+def _living_nodes() -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def _lost_node(before: set[str]) -> bool:
+    """Whether one of these nodes is gone. Peers see their connections close before Ray knows, so it is given a moment where there are
+    several."""
+    deadline_s = time.monotonic() + (NODE_LOSS_KNOWN_S if len(before) > 1 else 0.0)
+    while not before - _living_nodes():
+        if time.monotonic() >= deadline_s:
+            return False
+        time.sleep(0.25)
+    return True
+
+
+def _failure(error: TrainingFailedError) -> Failure:
+    if isinstance(error, PreemptionError):
+        return Failure(Cause.PREEMPTED, tuple(error.preemption_info.preempted_ranks), "Ray took their nodes away")
+    if isinstance(error, WorkerGroupError):
+        return failure_of(error.worker_failures)
+    inner = error.controller_failure if isinstance(error, ControllerError) else error
+    if type(inner).__name__ in STARTUP_ERRORS:
+        cause = Cause.NO_ROOM if "Timeout" in type(inner).__name__ else Cause.CRASH
+        return Failure(cause, (), str(inner).splitlines()[0][:300])
+    found = failure_of({0: inner})
+    return Failure(found.cause, (), found.told)
+
+
+def _replace(error: TrainingFailedError, told: HeadraceError) -> None:
+    """Ray raises its own error in the driver, which looks for ours inside."""
+    if isinstance(error, WorkerGroupError):
+        error.worker_failures = {-1: told}  # pyright: ignore[reportAttributeAccessIssue]
+    elif isinstance(error, ControllerError):
+        error.controller_failure = told
+
+
+def _furthest_step(job: Job) -> int:
+    """The last step that the run's files tell of; 0 where they cannot be read just now."""
+    try:
+        uri, s3 = join(job.run_uri, "metrics.jsonl"), job.config.s3
+        saved = CheckpointStore(job.run_uri, s3).steps()[:1]
+        lines = read_bytes(uri, s3)[-TAIL_BYTES:].splitlines() if exists(uri, s3) else []
+    except HeadraceError:
+        return 0
+    rows = (parse_line(line) for line in lines)
+    return max([*saved, *(row["step"] for row in rows if row is not None and row["kind"] == "step")], default=0)
