@@ -67,7 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _forward(self) -> None:
         proxy = self.server.proxy
         fault, where = proxy.choice()
-        sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        sent = self._body()
         self.close_connection = fault != "none"
         if fault == "503":
             self._answer(503, "Slow Down", [("Content-Type", "application/xml")], _BUSY, len(_BUSY))
@@ -93,6 +93,18 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "stall":
             self.wfile.flush()
             proxy.stopping.wait(proxy.stall_s)
+
+    def _body(self) -> bytes:
+        """The request's body as it came, the marks of its chunks included: some clients do not know its length beforehand."""
+        if "chunked" not in (self.headers.get("Transfer-Encoding") or ""):
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        read = bytearray()
+        while True:
+            line = self.rfile.readline()
+            size = int(line.split(b";")[0], 16)
+            read += line + self.rfile.read(size + 2)  # the last chunk is empty
+            if size == 0:
+                return bytes(read)
 
     def _ask(self, sent: bytes) -> tuple[http.client.HTTPResponse, bytes]:
         """The server's answer."""
