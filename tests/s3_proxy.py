@@ -1,8 +1,7 @@
 """A proxy on 127.0.0.1 that damages a share of the requests to an S3 server: 503, a reset, a body cut short, silence.
 
-A GET's answer is cut short, or stops in the middle. Of what changes something, the request's own body is cut short on its way; a reset
-comes before the server heard of it or after it did it; and silence follows after it did it. A HEAD has no body: it is reset, or not
-answered.
+A GET's answer is cut short, or stops in the middle; a HEAD's has no body, so that it is only refused or reset. Of what changes something,
+the request's own body is cut short on its way; a reset comes before the server heard of it or after it did it; silence follows after it.
 
 It forwards the Host header as it came, for AWS signatures cover it: the server sees the proxy's address, which is what the client signed.
 """
@@ -67,12 +66,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _forward(self) -> None:
         proxy = self.server.proxy
         fault, where = proxy.choice()
-        sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        sent = self._body()
         self.close_connection = fault != "none"
         if fault == "503":
             self._answer(503, "Slow Down", [("Content-Type", "application/xml")], _BUSY, len(_BUSY))
             return
-        if self.command == "GET":
+        if self.command in ("GET", "HEAD"):
             if fault == "reset":
                 self._reset()
                 return
@@ -93,6 +92,18 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "stall":
             self.wfile.flush()
             proxy.stopping.wait(proxy.stall_s)
+
+    def _body(self) -> bytes:
+        """The request's body as it came, the marks of its chunks included: some clients do not know its length beforehand."""
+        if "chunked" not in (self.headers.get("Transfer-Encoding") or ""):
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        read = bytearray()
+        while True:
+            line = self.rfile.readline()
+            size = int(line.split(b";")[0], 16)
+            read += line + self.rfile.read(size + 2)  # the last chunk is empty
+            if size == 0:
+                return bytes(read)
 
     def _ask(self, sent: bytes) -> tuple[http.client.HTTPResponse, bytes]:
         """The server's answer."""

@@ -4,7 +4,10 @@
 
 Each really saves a tiny model three times; its file operations are recorded (ours in the process, the others by strace), and every state
 that POSIX allows after a crash at every moment is enumerated (tests/faults/crash_model.py; where a moment has more than MOST states, the
-extremes, every single loss and so many at random). Each state is read by the protocol's own rule, and counted:
+extremes, every single loss and so many at random).
+
+Two kinds of crash: the process is killed (all that it did is there: one state a moment), and the machine loses its power (what was not
+synced may be lost). Each state is read by the protocol's own rule, and counted:
 
 half-seen   the checkpoint that a reader takes is not byte for byte what was saved
 lost        a save had returned, and the reader takes none, an older one, or one that is not whole
@@ -19,8 +22,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llm.checkpoint import on_disk
@@ -75,18 +78,46 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        print("| protocol | operations, 3 saves | crash states | half-seen | newest durable lost |\n|---|---|---|---|---|", flush=True)
+        print("| protocol, 3 saves | crash | states | half-seen | newest durable lost |\n|---|---|---|---|---|", flush=True)
         row("Headrace", *count_ours(folder / "ours"))
         row("DeepSpeed's `latest`", *count(trace(DEEPSPEED, folder / "deepspeed", options.peer_path), pick_deepspeed))
         if options.peer_path:
             row("HF Trainer's folders", *count(trace(TRAINER, folder / "trainer", options.peer_path), pick_trainer))
 
 
-def row(name: str, operations: int, states: int, half_seen: int, lost: int) -> None:
-    print(f"| {name} | {operations:,} | {states:,} | {half_seen:,} | {lost:,} |", flush=True)
+@dataclass
+class Counts:
+    states: int = 0
+    half_seen: int = 0
+    lost: int = 0
 
 
-def count_ours(folder: Path) -> tuple[int, int, int, int]:
+def row(name: str, of_kill: Counts, of_power: Counts) -> None:
+    for crash, found in (("process killed", of_kill), ("power lost", of_power)):
+        print(f"| {name} | {crash} | {found.states:,} | {found.half_seen:,} | {found.lost:,} |", flush=True)
+
+
+def both(ops: list[Op], look: Callable[[Tree, int], tuple[bool, bool]]) -> tuple[Counts, Counts]:
+    """`look(tree, newest durable step)`: (half-seen, lost)."""
+    killed, power = Counts(), Counts()
+    for found, states in ((killed, killed_states(ops)), (power, crash_states(ops, most=MOST))):
+        for begun, tree in states:
+            half_seen, lost = look(tree, newest_durable(ops[:begun]))
+            found.states += 1
+            found.half_seen += half_seen
+            found.lost += lost
+    return killed, power
+
+
+def killed_states(ops: list[Op]) -> Iterator[tuple[int, Tree]]:
+    disk = Disk()
+    for number, op in enumerate(ops):
+        yield number, disk.now()
+        disk.apply(op)
+    yield len(ops), disk.now()
+
+
+def count_ours(folder: Path) -> tuple[Counts, Counts]:
     folder.mkdir()
     recording = RecordingOs(folder)
     real, on_disk.os = on_disk.os, recording  # pyright: ignore[reportAttributeAccessIssue]
@@ -99,22 +130,17 @@ def count_ours(folder: Path) -> tuple[int, int, int, int]:
     finally:
         on_disk.os = real
     whole = {step: {name: store_bytes(recording.ops, step, name) for name in store.open(SAVES).files} for step in range(1, SAVES + 1)}
-    states = half = lost = 0
-    for begun, tree in crash_states(recording.ops, most=MOST):
-        states += 1
+
+    def look(tree: Tree, durable: int) -> tuple[bool, bool]:
         with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as root:
             materialize(tree, Path(root))
             reader = CheckpointStore(f"{root}/run", S3Section())
-            seen = {
-                step: {name: published.read(name) for name in published.files}
-                for step in reader.steps()
-                if (published := reader.open(step))
-            }
+            opened = [reader.open(step) for step in reader.steps()]
+            half_seen = any({name: each.read(name) for name in each.files} != whole[each.step] for each in opened)
             found = newest_good(reader, Published.require_whole)
-        half += any(seen[step] != whole[step] for step in seen)
-        durable = newest_durable(recording.ops[:begun])
-        lost += durable > (found.published.step if found else 0)
-    return len(recording.ops), states, half, lost
+        return half_seen, durable > (found.published.step if found else 0)
+
+    return both(recording.ops, look)
 
 
 def store_bytes(ops: list[Op], step: int, name: str) -> bytes:
@@ -126,7 +152,7 @@ def store_bytes(ops: list[Op], step: int, name: str) -> bytes:
     )
 
 
-def count(ops: list[Op], pick: Callable[[Tree], tuple[int, str] | None]) -> tuple[int, int, int, int]:
+def count(ops: list[Op], pick: Callable[[Tree], tuple[int, str] | None]) -> tuple[Counts, Counts]:
     """`pick`: which step and folder the protocol's reader takes."""
     whole: dict[int, Tree] = {}
     disk = Disk()
@@ -138,15 +164,13 @@ def count(ops: list[Op], pick: Callable[[Tree], tuple[int, str] | None]) -> tupl
             assert picked is not None and picked[0] == newest_durable([op]), (picked, op)
             whole[picked[0]] = {path: data for path, data in now.items() if path.startswith(f"{picked[1]}/")}
     assert len(whole) == SAVES, "a save left no mark"
-    states = half = lost = 0
-    for begun, tree in crash_states(ops, most=MOST):
-        states += 1
+
+    def look(tree: Tree, durable: int) -> tuple[bool, bool]:
         picked = pick(tree)
         is_whole = picked is not None and all(tree.get(path) == data for path, data in whole.get(picked[0], {"": b""}).items())
-        half += picked is not None and not is_whole
-        durable = newest_durable(ops[:begun])
-        lost += durable > 0 and (picked is None or not is_whole or picked[0] < durable)
-    return len(ops), states, half, lost
+        return picked is not None and not is_whole, durable > 0 and (picked is None or not is_whole or picked[0] < durable)
+
+    return both(ops, look)
 
 
 def newest_durable(ops: list[Op]) -> int:
@@ -173,9 +197,8 @@ def trace(script: str, folder: Path, peer_path: str) -> list[Op]:
     folder.mkdir()
     logs = folder.with_name(f"{folder.name}-strace")
     logs.mkdir()
-    calls = (
-        "open,openat,creat,write,pwrite64,writev,ftruncate,fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat,mkdir,mkdirat,rmdir"
-    )
+    calls = "open,openat,creat,write,pwrite64,writev,sendfile,copy_file_range,ftruncate,fsync,fdatasync"
+    calls += ",rename,renameat,renameat2,unlink,unlinkat,mkdir,mkdirat,rmdir"
     command = ["strace", "-ff", "-ttt", "-y", "-s", "64", "-e", f"trace={calls},access,faccessat,faccessat2", "-o", str(logs / "log")]
     path = os.pathsep.join(part for part in (str(ROOT), peer_path) if part)
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -199,6 +222,7 @@ _STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
 def parse(lines: list[str], root: Path) -> list[Op]:
     ops: list[Op] = []
     there: set[str] = {""}
+    place: dict[str, int] = {}  # where the next write of an open file goes; a wrong one shows in the size of the file
 
     def inside(path: str) -> str | None:
         path = os.path.normpath(path)
@@ -216,6 +240,8 @@ def parse(lines: list[str], root: Path) -> list[Op]:
             continue
         if call in ("open", "openat", "creat"):
             at = inside(opened or "")
+            if at is not None:
+                place[at] = 0
             if at is not None and ("O_CREAT" in given or "O_TRUNC" in given or call == "creat"):
                 if at not in there:
                     there.add(at)
@@ -223,8 +249,8 @@ def parse(lines: list[str], root: Path) -> list[Op]:
                 elif "O_TRUNC" in given:
                     ops.append(Op("truncate", at))
             continue
-        if call in ("write", "pwrite64", "writev", "fsync", "fdatasync", "ftruncate"):
-            about = re.match(r"\d+<(.*?)>", given)
+        if call in ("write", "pwrite64", "writev", "sendfile", "copy_file_range", "fsync", "fdatasync", "ftruncate"):
+            about = re.search(r", \d+<(.*?)>", given) if call == "copy_file_range" else re.match(r"\d+<(.*?)>", given)
             at = inside(about.group(1)) if about else None
             if at is None:
                 continue
@@ -232,14 +258,17 @@ def parse(lines: list[str], root: Path) -> list[Op]:
                 is_folder = not any(op.path == at and op.kind == "create" for op in ops)
                 ops.append(Op("sync_folder" if is_folder else "sync", at))
             elif call == "ftruncate":
-                raise AssertionError(f"not modelled: {line}")
+                # safetensors gives a file its length, maps it and writes there, which strace does not see: all its bytes come here.
+                ops.append(Op("write", at, data=bytes([len(ops) % 250 + 1]) * int(given.rpartition(",")[2]), at=0))
             else:
                 size = int(result)
                 known = call == "write" and len(strings) == 1 and len(strings[0]) == size
                 data = strings[0] if known else bytes([len(ops) % 250 + 1]) * size
-                offset = int(given.rpartition(",")[2]) if call == "pwrite64" else None
+                offset = int(given.rpartition(",")[2]) if call == "pwrite64" else place.get(at, 0)
+                if call != "pwrite64":
+                    place[at] = offset + size
                 last = ops[-1] if ops else None
-                if last is not None and last.kind == "write" and last.path == at and offset is None and last.at is None:
+                if last is not None and last.kind == "write" and last.path == at and (last.at or 0) + len(last.data) == offset:
                     ops[-1] = replace(last, data=last.data + data)
                 else:
                     ops.append(Op("write", at, data=data, at=offset))

@@ -22,7 +22,7 @@ SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 def test_any_checkpoint_of_a_run_is_exported(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(iter([f"sentence {i} of {i * 7}" for i in range(500)]), "bpe", 300)
     save_tokenizer(tokenizer, tmp_path / "tokenizer")
-    sections = layout_config((3, 1, 2), 4, {"every_steps": 2}).model_dump()
+    sections = layout_config((3, 1, 2), 4, {"every_steps": 2}, warmup_steps=0).model_dump()
     sections["model"] = {"preset": "llama_1m", "config": SMALL}
     sections["tokenizer"] = {"path": str(tmp_path / "tokenizer")}
     config = RunConfig.model_validate(sections)
@@ -40,7 +40,7 @@ def test_any_checkpoint_of_a_run_is_exported(tmp_path: Path) -> None:
         assert main(["--run", str(run), "--to", str(to), *given]) == 0
         loaded = AutoModelForCausalLM.from_pretrained(to, local_files_only=True, dtype=torch.float32).state_dict()
         saved = dict(read_full_weights(store.open(step)))
-        assert saved.keys() == loaded.keys()
+        assert loaded.keys() - saved.keys() == {"lm_head.weight"}, "tied to the embedding"
         assert all(torch.equal(saved[name], loaded[name]) for name in saved)
         assert len(AutoTokenizer.from_pretrained(to, local_files_only=True)) == tokenizer.vocab_size
     damaged = run / "checkpoints" / "step-00000004" / "rank-00001.safetensors"
