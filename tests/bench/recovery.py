@@ -1,10 +1,10 @@
 """From the kill of a worker to the next optimizer step, through Ray: how long, and where the time goes.
 
-    python -m tests.bench.recovery [--kills 5] [--workers 2] [--table FILE]
+    python -m tests.bench.recovery [--kills 5] [--workers 2]
 
 One run as a user starts it (the small one of the tests, on a private cluster of this machine). A random worker is killed with SIGKILL
-after a step, the run recovers by itself, and after some more steps the next one is killed. Times are wall time on this machine, with what
-else ran on it: the load is printed.
+while it trains, the run recovers by itself, and after some more steps the next one is killed. Wall time on this machine with whatever else
+ran on it, so the load is printed too.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import psutil
-
-from llm.metrics import MetricsTail, Row, file_reader, rows_of
+from llm.metrics import rows_of
+from tests.kills import Watched
 from tests.small_run import start_run, write_small_run
+
+SETTINGS = ("train.steps=1000000", "eval.rows=0", "export.enabled=false", "checkpoint.every_steps=5", "recovery.max_crashes=1000")
 
 
 def main() -> None:
@@ -30,90 +31,39 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        print(f"load before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
         found = measure(Path(folder), options.kills, options.workers)
-    names = list(dict.fromkeys(name for kill in found for name in kill))
-    width = max(map(len, names))
-    for name in names:
+    width = max(len(name) for kill in found for name in kill)
+    for name in dict.fromkeys(name for kill in found for name in kill):
         values = [kill.get(name, 0.0) for kill in found]
-        print(f"{name:<{width}}  {statistics.median(values):5.1f} s  " + " ".join(f"{value:5.1f}" for value in values))
+        print(f"{name:<{width}}  {statistics.median(values):6.1f}   " + " ".join(f"{value:5.1f}" for value in values))
 
 
 def measure(folder: Path, kills: int, workers: int, seed: int = 0) -> list[dict[str, float]]:
-    """Of each kill: the whole time until the next step had ended, and its parts, in seconds."""
-    recipe = write_small_run(folder)
-    settings = ("train.steps=100000", "eval.rows=0", "export.enabled=false", "checkpoint.every_steps=5", f"parallel.workers={workers}")
-    process = start_run(recipe, *settings, "recovery.max_crashes=1000")
-    tail = MetricsTail(file_reader(folder / "runs" / "small" / "metrics.jsonl"))
-    found, chance = [], random.Random(seed)
+    """Of each kill, in seconds: the whole time until the next step had ended, and its parts; the load of the machine before it."""
+    chance, found = random.Random(seed), []
+    process = start_run(write_small_run(folder), *SETTINGS, f"parallel.workers={workers}")
+    run = Watched(process, folder / "runs" / "small")
     try:
-        rows = await_steps(process, tail, 8)
+        run.await_row("step", count=8)
         for _ in range(kills):
-            victim = chance.choice(train_workers(process.pid))
-            last = rows_of(rows, "step")[-1]["step"]
-            os.kill(victim, signal.SIGKILL)
+            load = os.getloadavg()[0]
+            run.kill_one(chance)
             killed_at_s = time.time()
-            rows = await_restart(process, tail)
+            rows = run.await_row("event", "restart")
             restart = rows_of(rows, "event", "restart")[0]
-            after = rows[rows.index(restart) :]
-            first = rows_of(after, "step")[0]
-            parts = dict(restart["phases"])
-            began = restart["written_at_s"]
-            found.append(
-                {
-                    "kill to the next step": first["written_at_s"] - killed_at_s,
-                    "until it is noticed": max(0.0, restart_noticed_at_s(restart) - killed_at_s),
-                    **parts,
-                    "first step": first["written_at_s"] - began,
-                }
-            )
-            print(f"killed after step {last}, back at {restart['step']}: {found[-1]['kill to the next step']:.1f} s", flush=True)
-            rows += await_steps(process, tail, 8)
+            rows = rows[rows.index(restart) :]
+            first = (rows_of(rows, "step") or rows_of(run.await_row("step"), "step"))[0]
+            began_at_s, noticed_at_s = restart["written_at_s"], restart["written_at_s"] - restart["down_s"] + restart["noticed_s"]
+            parts = {"until the failure is known": noticed_at_s - killed_at_s, **restart["phases"]}
+            parts["all else before the first step"] = began_at_s - killed_at_s - sum(parts.values())
+            parts["the first step"] = first["written_at_s"] - began_at_s
+            found.append({"kill to the next step": first["written_at_s"] - killed_at_s, **parts, "load before": load})
+            print(f"back at step {restart['step']} after {found[-1]['kill to the next step']:.1f} s", flush=True)
+            run.await_row("step", count=8)
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
     return found
-
-
-def restart_noticed_at_s(restart: Row) -> float:
-    return restart["written_at_s"] - restart["down_s"] + restart["noticed_s"]
-
-
-def train_workers(pid: int) -> list[int]:
-    """The processes that Ray Train runs the training in."""
-    found = []
-    for child in psutil.Process(pid).children(recursive=True):
-        try:
-            if "RayTrainWorker" in " ".join(child.cmdline()):
-                found.append(child.pid)
-        except psutil.Error:
-            continue
-    return sorted(found)
-
-
-def await_steps(process, tail: MetricsTail, count: int, timeout_s: float = 200) -> list[Row]:
-    rows: list[Row] = []
-    deadline = time.monotonic() + timeout_s
-    while len(rows_of(rows, "step")) < count:
-        require(process, deadline)
-        rows += tail.poll()
-        time.sleep(0.05)
-    return rows
-
-
-def await_restart(process, tail: MetricsTail, timeout_s: float = 200) -> list[Row]:
-    rows: list[Row] = []
-    deadline = time.monotonic() + timeout_s
-    while not (found := rows_of(rows, "event", "restart")) or not rows_of(rows[rows.index(found[0]) :], "step"):
-        require(process, deadline)
-        rows += tail.poll()
-        time.sleep(0.05)
-    return rows
-
-
-def require(process, deadline: float) -> None:
-    if process.poll() is not None or time.monotonic() > deadline:
-        raise SystemExit(f"the run is not where it should be: {process.poll()}\n{(process.communicate(timeout=5)[1])[-3000:]}")
 
 
 if __name__ == "__main__":

@@ -73,3 +73,42 @@ def test_four_workers_two_and_four_again_as_nodes_go_and_come_back(recipe, monke
     assert ledger(elastic) == ledger(whole)
     losses = [[row["loss"] for row in rows_of(read_rows(run / "metrics.jsonl"), "step")] for run in (elastic, whole)]
     assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-4
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(900)
+def test_a_node_that_will_be_taken_away_is_left_in_order_and_no_step_is_done_again(recipe, monkeypatch):
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    memory, storage = 100 << 20, f"run.storage={recipe.parent / 'runs'}"
+    settings = (
+        *SETTINGS,
+        "parallel.workers=2",
+        "parallel.tensor=1",
+        "parallel.min_workers=1",
+        "checkpoint.every_steps=1000",
+        "train.steps=80",
+    )
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": memory, "include_dashboard": False})
+    process = None
+    try:
+        leaver = cluster.add_node(num_cpus=1, object_store_memory=memory)
+        cluster.add_node(num_cpus=1, object_store_memory=memory)
+        cluster.wait_for_nodes()
+        process = start_on(cluster.address, recipe, *settings, "recovery.max_crashes=0", "run.name=drained", storage)
+        run = Watched(process, recipe.parent / "runs" / "drained")
+        run.await_row("step", count=20, timeout_s=300)
+        drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.address, "--node-id", leaver.node_id]
+        drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", "300"]
+        subprocess.run(drain, check=True, capture_output=True, timeout=60)
+        rows = run.await_row("event", "restart", timeout_s=300)
+        restart = rows_of(rows, "event", "restart")[0]
+        finish(process, 600)
+    finally:
+        if process is not None and process.poll() is None:
+            process.kill()
+            process.communicate()
+        cluster.shutdown()
+    assert restart["cause"] in ("planned stop", "preemption") and restart["steps_redone"] == 0, restart
+    assert [step for step, _ in ledger(run.run)] == list(range(1, 81))

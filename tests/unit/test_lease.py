@@ -14,6 +14,7 @@ import pytest
 
 from llm.config import S3Section
 from llm.errors import LeaseError
+from llm.storage import write_bytes
 from llm.train.lease import Lease, held_lease
 
 S3 = S3Section()
@@ -22,7 +23,12 @@ S3 = S3Section()
 def foreign(run: Path, number: int = 1) -> None:
     """Makes the newest lease that of a driver on another machine."""
     path = run / "lease" / f"{number:08d}.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "machine": "another"}))
+    write(path, {**json.loads(path.read_text()), "machine": "another"})
+
+
+def write(path: Path, fields: dict[str, object]) -> None:
+    """As the lease itself does: a reader sees the old text or the new."""
+    write_bytes(str(path), json.dumps(fields).encode(), S3)
 
 
 def test_a_second_driver_is_refused_while_the_first_lives_and_let_in_after(tmp_path):
@@ -56,7 +62,7 @@ def test_a_heartbeat_elsewhere_that_moves_keeps_others_out(tmp_path):
         path = tmp_path / "lease" / "00000001.json"
         fields = json.loads(path.read_text())
         with ThreadPoolExecutor(1) as pool:
-            pool.submit(lambda: (time.sleep(1.0), path.write_text(json.dumps({**fields, "heartbeat": 7}))))
+            pool.submit(lambda: (time.sleep(1.0), write(path, {**fields, "heartbeat": 7})))
             with pytest.raises(LeaseError), held_lease(str(tmp_path), S3, 10, lambda text: None):
                 pass
 
