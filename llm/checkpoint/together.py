@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from llm.errors import CheckpointError, DamagedCheckpointError
+from llm.errors import CheckpointError, DamagedCheckpointError, LeaseError
 
 T = TypeVar("T")
 _FINE, _DAMAGED, _FAILED = 0, 1, 2
@@ -27,6 +27,8 @@ def together(act: Callable[[], T], what: str, group: Any = None) -> T:
     verdict = _FINE if error is None else _DAMAGED if isinstance(error, DamagedCheckpointError) else _FAILED
     verdicts = [int(each) for each in _all_gather(torch.tensor([verdict]), group)]
     kind = CheckpointError if _FAILED in verdicts else DamagedCheckpointError
+    if isinstance(error, LeaseError):  # no failure: this driver has no more to say here
+        raise error
     if error is not None:
         raise kind(f"rank {dist.get_rank()} could not {what}: {error}") from error
     if ranks := [rank for rank, each in enumerate(verdicts) if each != _FINE]:

@@ -183,7 +183,11 @@ def _train_and_save(
             saver.wait_published()
             return checkpoints.roll_back()
 
-    for after, result, times in steps(job, engine, batches, start, roll_back, saver.wait_snapshot, watchdog):
+    def wait_snapshot() -> None:
+        with watchdog.phase("waiting for the copy of a checkpoint"):
+            saver.wait_snapshot()
+
+    for after, result, times in steps(job, engine, batches, start, roll_back, wait_snapshot, watchdog):
         recorder.step(state, after, result, times, config.train.lr * lr_factor(config.train, state.step))
         if result.troubles:
             recorder.event("guard", step=after.step, action=result.outcome or "retried", cause=result.troubles[-1])
