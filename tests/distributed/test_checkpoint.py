@@ -142,18 +142,18 @@ def _train_lora(act: Any, shift: float, rank: int, *args: Any) -> Any:
     """`act` on a model with adapters, whose frozen weights are moved by `shift`: what the restored ones must not be."""
     import torch
 
-    from llm.train import loop
+    from llm.train import build
 
-    build = loop.build_model
+    original = build.build_model
 
     def build_model(*arguments: Any, **options: Any) -> Any:
-        model = build(*arguments, **options)
+        model = original(*arguments, **options)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(shift)
         return _with_lora(model)
 
-    loop.build_model = build_model
+    build.build_model = build_model
     return act(rank, *args)
 
 
