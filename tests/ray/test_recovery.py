@@ -26,13 +26,16 @@ SETTINGS = (
     "parallel.workers=2",
 )
 
+# Kills come faster than new steps, at times: the breaker would rightly stop the run.
+PATIENT = ("recovery.max_crashes=1000", "recovery.max_without_progress=1000", "recovery.first_wait_s=0")
+
 
 def kill_campaign(recipe: Path, settings: tuple[str, ...], kills: int, seed: int) -> None:
     """Kills random workers at random moments, every second one while a checkpoint is written; every checkpoint must be the undisturbed
     run's."""
     finish(start_run(recipe, *settings, "run.name=whole"))
     chance = random.Random(seed)
-    run = Watched(start_run(recipe, *settings, "run.name=killed", "recovery.max_crashes=1000"), recipe.parent / "runs" / "killed")
+    run = Watched(start_run(recipe, *settings, "run.name=killed", *PATIENT), recipe.parent / "runs" / "killed")
     run.await_row("step", count=chance.randrange(3, 40))
     for number in range(kills):
         if number % 2:
