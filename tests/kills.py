@@ -56,7 +56,7 @@ class Watched:
     def await_save(self, timeout_s: float = 20) -> None:
         """Returns while a checkpoint is being written."""
         deadline = time.monotonic() + timeout_s
-        while not any((self.run / "checkpoints").glob("*.tmp")):
+        while not any((self.run / "checkpoints").glob("*.tmp*")):
             assert time.monotonic() < deadline
             time.sleep(0.001)
 
@@ -71,10 +71,10 @@ def ledger(run: Path) -> list[tuple[int, str]]:
     return [(row["step"], row["ledger"]) for row in rows_of(read_rows(run / "metrics.jsonl"), "step")]
 
 
-def checkpoints(run: Path) -> dict[str, dict[str, str]]:
-    """By step folder: the SHA-256 of every file in it, which hold weights, moments, RNG state, ledger, counters."""
+def checkpoints(run: Path) -> dict[str, dict[str, object]]:
+    """By step folder: size and SHA-256 of every file in it, which hold weights, moments, RNG state, ledger, counters."""
     found = {}
     for path in sorted((run / "checkpoints").glob("step-*/MANIFEST.json")):
         files = json.loads(path.read_text())["files"]
-        found[path.parent.name] = {name: file["sha256"] for name, file in files.items()}
+        found[path.parent.name] = files
     return found
