@@ -27,7 +27,7 @@ class StepTimes:
 
 
 class Recorder:
-    """`on` on rank 0 only. Step results are kept as tensors and read every `log.every_steps`, so that no step waits for its numbers."""
+    """`on` on rank 0 only. Rows of steps are written together every `log.every_steps`, which on S3 is a request each time."""
 
     def __init__(self, job: Job, *, on: bool, device_name: str, precision: str) -> None:
         self.job = job

@@ -10,6 +10,7 @@ from tests.distributed.checkpoint_runs import damage
 from tests.small_run import start_run
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(1200)  # three runs; a minute each where the machine is idle
 def test_the_stream_follows_back_to_the_older_checkpoint(recipe):
     run = recipe.parent / "runs"

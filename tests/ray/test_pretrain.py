@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from jobs.checkpoints import main as checkpoints
+from jobs.export import main as export
 from llm.metrics import read_rows, rows_of
 from tests.small_run import start_run
 
@@ -35,6 +37,12 @@ def test_four_workers_train_export_and_resume(recipe):
     tokenizer = AutoTokenizer.from_pretrained(run / "export")
     ids = tokenizer("sentence 5 speaks", return_tensors="pt").input_ids
     assert torch.isfinite(model(ids).logits).all()
+
+    assert checkpoints(["ls", "--run", str(run)]) == checkpoints(["verify", "--run", str(run)]) == 0
+    assert checkpoints(["inspect", "--run", str(run)]) == checkpoints(["digest", "--run", str(run), "--step", "3"]) == 0
+    assert export(["--run", str(run), "--to", str(run / "again")]) == 0
+    again = AutoModelForCausalLM.from_pretrained(run / "again")
+    assert torch.equal(again(ids).logits, model(ids).logits)
 
     second = start_run(recipe, *overrides, "train.steps=8")
     _, err = second.communicate(timeout=400)

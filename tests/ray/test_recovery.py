@@ -60,6 +60,7 @@ def test_a_killed_worker_restarts_and_the_run_ends_the_same(recipe):
     kill_campaign(recipe, SETTINGS, kills=2, seed=1)
 
 
+@pytest.mark.faults
 def test_a_stopped_process_is_a_hang_that_is_named_and_survived(recipe):
     run = Watched(start_run(recipe, *SETTINGS, "train.steps=60"), recipe.parent / "runs" / "small")
     run.await_row("step", count=12)
@@ -108,6 +109,7 @@ def test_a_killed_driver_is_resumed_by_the_same_command_while_its_orphans_write_
     assert [path.name for path in sorted((run.run / "lease").iterdir())] == ["00000001.json", "00000002.json"]
 
 
+@pytest.mark.faults
 def test_a_second_driver_of_a_living_run_is_refused_and_the_first_is_not_disturbed(recipe):
     run = Watched(start_run(recipe, *SETTINGS, "train.steps=60"), recipe.parent / "runs" / "small")
     run.await_row("step")
