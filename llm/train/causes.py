@@ -166,6 +166,11 @@ class Budget:
         without = len(self.stuck)
         return Verdict(0.0 if without < 2 else min(LONGEST_WAIT_S, self.limits.first_wait_s * 2 ** (without - 2)))
 
+    def recast(self, cause: Cause, as_cause: Cause) -> None:
+        """The last restart turned out to have another cause."""
+        if recent := self.restarts.get(cause):
+            self.restarts.setdefault(as_cause, deque()).append(recent.pop())
+
     def _limit(self, cause: Cause) -> tuple[str, int | None]:
         if cause in FREE:
             return "", None

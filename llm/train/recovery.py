@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -34,17 +35,24 @@ logger = logging.getLogger(__name__)
 TAIL_BYTES = 256 << 10  # of metrics.jsonl: enough for its last step
 WAIT_FOR_NODES_S = 1.0  # between two looks for room, while there is none for the fewest workers
 LOOK_FOR_NODES_S = 5.0  # while there are fewer workers than the run wants
-NODE_LOSS_KNOWN_S = 3.0
 NODE_ID_LABEL = "ray.io/node-id"  # which Ray puts on every node
 STARTUP_ERRORS = ("WorkerGroupStartupFailedError", "WorkerGroupStartupTimeoutError")
 
 # Of this controller process: its policies are unpickled apart from each other, so they cannot share an object.
 _incident: Incident | None = None
 _not_before_s = 0.0
+_nodes: set[str] = set()  # alive when the last group ended, as far as Ray knew
+_budget: Budget | None = None
 
 
 def incident() -> Incident | None:
-    """Why the last group ended; None for the first."""
+    """Why the last group ended; None for the first. Asked when the next one is there: peers see their connections close many seconds before
+    Ray knows that a node is gone, and by now it does."""
+    global _incident
+    if _incident is not None and _incident.cause == Cause.LOST_PEER.value and _nodes - _living_nodes():
+        _incident = replace(_incident, cause=Cause.NODE_LOST.value, told=str(Failure(Cause.NODE_LOST, (), "a node went away")))
+        if _budget is not None:
+            _budget.recast(Cause.LOST_PEER, Cause.NODE_LOST)
     return _incident
 
 
@@ -55,14 +63,11 @@ class Restarts(FailurePolicy):
         super().__init__(FailureConfig(max_failures=-1))
         self._job = job
         self._budget = Budget(job.config.recovery)
-        self._nodes = _living_nodes()
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
-        global _incident, _not_before_s
+        global _incident, _not_before_s, _nodes, _budget
         failure, now_s = _failure(training_failed_error), time.time()
-        if failure.cause is Cause.LOST_PEER and _lost_node(self._nodes):
-            failure = Failure(Cause.NODE_LOST, (), "a node went away")
-        self._nodes = _living_nodes()
+        _nodes, _budget = _living_nodes(), self._budget
         verdict = self._budget.judge(failure, _furthest_step(self._job), now_s)
         logger.info("recovery: %s -> %s", failure, verdict)
         if verdict.gave_up is not None:
@@ -158,17 +163,6 @@ def _pause() -> bool:
 
 def _living_nodes() -> set[str]:
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-
-
-def _lost_node(before: set[str]) -> bool:
-    """Whether one of these nodes is gone. Peers see their connections close before Ray knows, so it is given a moment where there are
-    several."""
-    deadline_s = time.monotonic() + (NODE_LOSS_KNOWN_S if len(before) > 1 else 0.0)
-    while not before - _living_nodes():
-        if time.monotonic() >= deadline_s:
-            return False
-        time.sleep(0.25)
-    return True
 
 
 def _failure(error: TrainingFailedError) -> Failure:

@@ -88,7 +88,7 @@ def test_a_node_that_will_be_taken_away_is_left_in_order_and_no_step_is_done_aga
         "parallel.tensor=1",
         "parallel.min_workers=1",
         "checkpoint.every_steps=1000",
-        "train.steps=80",
+        "train.steps=400",
     )
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": memory, "include_dashboard": False})
     process = None
