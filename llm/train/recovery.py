@@ -41,15 +41,16 @@ STARTUP_ERRORS = ("WorkerGroupStartupFailedError", "WorkerGroupStartupTimeoutErr
 # Of this controller process: its policies are unpickled apart from each other, so they cannot share an object.
 _incident: Incident | None = None
 _not_before_s = 0.0
-_nodes: set[str] = set()  # alive when the last group ended, as far as Ray knew
+_nodes: set[str] = set()  # alive when the last group began
 _budget: Budget | None = None
 
 
 def incident() -> Incident | None:
     """Why the last group ended; None for the first. Asked when the next one is there: peers see their connections close many seconds before
     Ray knows that a node is gone, and by now it does."""
-    global _incident
-    if _incident is not None and _incident.cause == Cause.LOST_PEER.value and _nodes - _living_nodes():
+    global _incident, _nodes
+    before, _nodes = _nodes, _living_nodes()
+    if _incident is not None and _incident.cause == Cause.LOST_PEER.value and before - _nodes:
         _incident = replace(_incident, cause=Cause.NODE_LOST.value, told=str(Failure(Cause.NODE_LOST, (), "a node went away")))
         if _budget is not None:
             _budget.recast(Cause.LOST_PEER, Cause.NODE_LOST)
@@ -65,9 +66,9 @@ class Restarts(FailurePolicy):
         self._budget = Budget(job.config.recovery)
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
-        global _incident, _not_before_s, _nodes, _budget
+        global _incident, _not_before_s, _budget
         failure, now_s = _failure(training_failed_error), time.time()
-        _nodes, _budget = _living_nodes(), self._budget
+        _budget = self._budget
         verdict = self._budget.judge(failure, _furthest_step(self._job), now_s)
         logger.info("recovery: %s -> %s", failure, verdict)
         if verdict.gave_up is not None:

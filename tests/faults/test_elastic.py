@@ -111,4 +111,4 @@ def test_a_node_that_will_be_taken_away_is_left_in_order_and_no_step_is_done_aga
             process.communicate()
         cluster.shutdown()
     assert restart["cause"] in ("planned stop", "preemption") and restart["steps_redone"] == 0, restart
-    assert [step for step, _ in ledger(run.run)] == list(range(1, 81))
+    assert [step for step, _ in ledger(run.run)] == list(range(1, 401))
