@@ -68,6 +68,8 @@ def settled(guard: GuardSection, result: StepResult, state: TrainState, roll_bac
     Raises TrainingError where neither skipping nor going back has helped.
     """
     if not result.outcome:
+        if not math.isfinite(result.grad_norm):  # fp16 lowered its loss scale: no update, and nothing to learn from
+            return result, state.history
         return result, after_update(state.history, result.loss, result.grad_norm)
     history = replace(state.history, skipped=state.history.skipped + 1)
     if history.skipped < guard.max_skips:

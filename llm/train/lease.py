@@ -171,7 +171,9 @@ def _read(run_uri: str, s3: S3Section, number: int) -> dict[str, Any] | None:
     """A lease's fields; None where it is gone or no lease."""
     try:
         found = json.loads(read_bytes(_uri(run_uri, number), s3))
-    except (StorageError, ValueError):
+    except ValueError:  # a power loss can leave a file without its bytes: nobody is named, only the heartbeat tells
+        return {}
+    except StorageError:
         if exists(run_uri, s3) and not exists(_uri(run_uri, number), s3):
             return None
         raise

@@ -65,6 +65,11 @@ def test_skips_in_a_row_go_back_and_then_stop():
         settled(GuardSection(max_skips=1), bad, TrainState(), lambda: 0)
 
 
+def test_an_overflow_of_fp16_teaches_nothing():
+    state = TrainState(history=falling())
+    assert settled(GUARD, StepResult(5.0, math.inf), state, lambda: 0) == (StepResult(5.0, math.inf), state.history)
+
+
 def test_an_update_ends_a_row_of_skips():
     history = replace(falling(), skipped=2)
     _, after = settled(GUARD, StepResult(5.0, 1.0), TrainState(history=history), lambda: 0)

@@ -91,3 +91,10 @@ def test_of_many_contenders_exactly_one_gets_the_lease(tmp_path):
     assert won.count(True) == 1
     contenders[won.index(True)].release()
     assert not list((tmp_path / "lease").glob(".*"))
+
+
+@pytest.mark.parametrize("text", [b"", b'{"owner":', b"[1]", b"{}"])
+def test_a_lease_that_lost_its_bytes_locks_nobody_out(tmp_path, text):
+    write_bytes(str(tmp_path / "lease" / "00000003.json"), text, S3)
+    with held_lease(str(tmp_path), S3, 1.0) as lease:
+        assert lease.fence.number == 4
