@@ -130,9 +130,15 @@ def test_an_open_file_survives_and_then_names_the_place(proxy: Proxy, files: Pat
 def test_a_stall_longer_than_the_time_out_is_read_again(proxy: Proxy, files: Path) -> None:
     data = (files / "plain.jsonl").read_bytes()
     proxy.stall_s = 60
+
+    def calm() -> None:
+        while not proxy.seen["stall"]:
+            time.sleep(0.01)
+        proxy.rate = 0
+
     with exact("plain.jsonl") as stream:
         proxy.rate, proxy.faults = 1, ("stall",)
-        threading.Timer(1, lambda: setattr(proxy, "rate", 0)).start()
+        threading.Thread(target=calm, daemon=True).start()
         started_s = time.monotonic()
         assert stream.read() == data and 0.9 < time.monotonic() - started_s < 10
     assert proxy.seen["stall"] == 1
