@@ -39,12 +39,14 @@ LEFT_ALONE_S = 60.0  # so long a run that fails waits for the save that is under
 
 @dataclass(frozen=True)
 class Saved:
-    """`took_s`: from the call of `save` to the publication. `stall_s`: how long training stood still for it."""
+    """`took_s`: from the call of `save` to the publication. `stall_s`: how long training stood still for it. `unpruned`: why older ones
+    could not be removed, which the next save tries again."""
 
     step: int
     uri: str
     took_s: float
     stall_s: float
+    unpruned: str = ""
 
 
 @dataclass
@@ -58,6 +60,7 @@ class _Save:
     thread: threading.Thread | None = None
     uri: str = ""
     took_s: float = 0.0
+    unpruned: str = ""
     error: BaseException | None = None
 
 
@@ -137,7 +140,7 @@ class CheckpointSaver:
         save.thread.join()
         if save.error is not None:
             raise save.error
-        self._finished.append(Saved(save.state.step, save.uri, save.took_s, save.stall_s))
+        self._finished.append(Saved(save.state.step, save.uri, save.took_s, save.stall_s, save.unpruned))
 
     def _run(self, save: _Save) -> None:
         try:
@@ -160,12 +163,23 @@ class CheckpointSaver:
             entry = together(lambda: self._store.write(folder, name, chunks), "write its part of the checkpoint", self._group)
             told = bytes_of_all(save.plan.told, self._group)
             entries = [FileEntry.from_json(json.loads(each)) for each in bytes_of_all(json.dumps(entry.to_json()).encode(), self._group)]
-            return together(lambda: self._publish(save, folder, told, entries) if first else "", "publish the checkpoint", self._group)
+            uri = together(lambda: self._publish(save, folder, told, entries) if first else "", "publish the checkpoint", self._group)
         except CheckpointError:
             if first:
                 with suppress(StorageError):
                     self._store.abandon(folder)
             raise
+        if first:
+            save.unpruned = self._prune()
+        return uri
+
+    def _prune(self) -> str:
+        """What went wrong. The checkpoint is published by now, so that is no reason to give it up."""
+        try:
+            self._store.prune(keep=self._keep, keep_every=self._keep_every)
+        except (StorageError, CheckpointError) as error:
+            return str(error)
+        return ""
 
     def _copy(self, save: _Save) -> None:
         try:
@@ -178,13 +192,12 @@ class CheckpointSaver:
         index = merge(told, {name: entry.size_bytes for name, entry in entries.items()})
         for name, data in ((INDEX, index.to_json()), (STATE, save.shared)):
             entries[name] = self._store.write(folder, name, [data])
-        uri = self._store.publish(save.state.step, folder, entries)
-        self._store.prune(keep=self._keep, keep_every=self._keep_every)
-        return uri
+        return self._store.publish(save.state.step, folder, entries)
 
     def _state_json(self, state: TrainState) -> bytes:
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         scale: dict[str, Any] = (
             {key: value for key, value in vars(scaler).items() if isinstance(value, int | float | bool)} if scaler is not None else {}
         )
-        return json.dumps({"train": state.to_json(), "layout": asdict(self._layout), "loss_scaler": scale}, indent=1).encode()
+        told = {"train": state.to_json(), "layout": asdict(self._layout), "loss_scaler": scale}
+        return json.dumps(told, indent=1, allow_nan=False).encode()

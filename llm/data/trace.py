@@ -131,7 +131,9 @@ def cursor_before(steps: Mapping[int, Row], schedule: Schedule, step: int) -> Cu
     cursor = Cursor()
     for done in (*schedule.from_steps[1:], step - 1):
         if 0 < done < step:
-            row = steps[done]
+            row = steps.get(done)
+            if row is None:
+                raise ConfigError(f"metrics.jsonl has no row of step {done}, which step {step} cannot be traced without.")
             cursor = Cursor(row["epoch"], row["window"], row["offset"], cursor.began)
         if done < step:
             cursor = schedule.at_step(cursor, done)

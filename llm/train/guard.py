@@ -80,7 +80,7 @@ def settled(guard: GuardSection, result: StepResult, state: TrainState, roll_bac
         raise TrainingError(
             f"the last {guard.max_skips} batches, up to step {state.step + 1}, could not be trained on: {result.troubles[-1]}; and {why}. "
             "Lower train.lr, lengthen train.warmup_steps, set train.precision to fp32 or bf16, or look at the documents with "
-            f"headrace trace --step {state.step + 1}."
+            f"headrace trace --step {state.step}."
         )
     # Nothing is known of how the older weights do on the newer data, but how often this has happened.
     return replace(result, outcome=f"skipped; weights back to those of step {back_to}"), History(rollbacks=history.rollbacks + 1)

@@ -176,7 +176,7 @@ def _train_and_save(
     if start.step == 0:
         with watchdog.phase("evaluation"):
             _evaluate(job, engine, recorder, 0)
-    evaluated_step, slow = start.step, SlowRanks()
+    evaluated_step, save_due, slow = start.step, False, SlowRanks()
 
     def roll_back() -> int:
         with watchdog.phase("going back to a checkpoint"):
@@ -199,7 +199,9 @@ def _train_and_save(
             with watchdog.phase("evaluation"):
                 _evaluate(job, engine, recorder, state.step)
             evaluated_step = state.step
-        if _due(config.checkpoint.every_steps, state.step):
+        save_due = save_due or _due(config.checkpoint.every_steps, state.step)
+        if save_due and not state.history.skipped:  # within a row of bad steps the weights may be bad: they are no place to go back to
+            save_due = False
             recorder.flush()
             with watchdog.phase("save"):
                 saver.save(state)
@@ -250,7 +252,8 @@ def _save_last(recorder: Recorder, saver: CheckpointSaver, state: TrainState, sa
 
 def _record_saves(recorder: Recorder, saver: CheckpointSaver) -> None:
     for saved in saver.finished():
-        recorder.event("checkpoint", step=saved.step, path=saved.uri, took_s=round(saved.took_s, 3), stall_s=round(saved.stall_s, 4))
+        times = {"took_s": round(saved.took_s, 3), "stall_s": round(saved.stall_s, 4)}
+        recorder.event("checkpoint", step=saved.step, path=saved.uri, **times, **({"unpruned": saved.unpruned} if saved.unpruned else {}))
 
 
 def _export(job: Job, engine: Engine, recorder: Recorder, store: CheckpointStore, state: TrainState) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
 from llm.config import S3Section
+from llm.errors import HeadraceError
 from llm.job import Job
 from llm.metrics import MetricsWriter, eval_row, event_row, step_row
 from llm.metrics_file import UploadSink
@@ -122,6 +124,8 @@ class Recorder:
 
     def close(self) -> None:
         if self._writer is not None:
+            with suppress(HeadraceError):  # what ends the run is the error to show
+                self.flush()
             self._writer.close()
 
 

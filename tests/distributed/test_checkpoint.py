@@ -216,3 +216,37 @@ def test_a_full_disk_is_told_to_every_rank_at_the_next_save_and_hangs_nobody(tmp
     assert "Free some space" in found[1][0][0]
     assert open_store(str(tmp_path)).steps() == [8, 2], "the failed save raised instead of beginning that of step 6"
     assert not list((tmp_path / "checkpoints").glob("*.tmp-*")), "what was written of it is gone"
+
+
+def _save_where_nothing_can_be_removed(rank: int, world_size: int, config: Any) -> tuple[list[int], list[str]]:
+    from llm import retry
+    from llm.checkpoint import on_s3
+    from llm.checkpoint.save import CheckpointSaver
+    from llm.checkpoint.store import CheckpointStore
+    from llm.config import S3Section
+    from llm.parallel.mesh import Mesh
+    from llm.state import TrainState
+    from llm.train.build import build_engine
+    from tests.distributed.checkpoint_runs import engine_layout
+    from tests.faults import memory_s3
+
+    server: Any = memory_s3.MemoryS3()
+    retry.FIRST_WAIT_S, on_s3.ATTEMPTS, on_s3.s3_once = 0.001, 2, lambda section: server
+    engine = build_engine(make_job(config, MODEL), Mesh(rank, world_size, 1))
+    store = CheckpointStore("s3://b/run", S3Section())
+    saver = CheckpointSaver(engine, engine_layout(config), store, keep=2)
+
+    def refuse(**_: Any) -> None:
+        raise memory_s3._error("SlowDown", 503)
+
+    server.delete_object = refuse
+    for step in (1, 2, 3):
+        saver.save_now(TrainState(step=step))
+    fresh = CheckpointStore("s3://b/run", S3Section())
+    assert all(fresh.open(step).damage() == {} for step in fresh.steps())
+    return fresh.steps(), [saved.unpruned for saved in saver.finished()]
+
+
+def test_a_checkpoint_stays_where_older_ones_cannot_be_removed():
+    steps, unpruned = run_ranks(_save_where_nothing_can_be_removed, 1, layout_config((0, 1, 1), STEPS))[0]
+    assert steps == [3, 2, 1] and "SlowDown" in unpruned[-1] and unpruned[:-1] == ["", ""]
