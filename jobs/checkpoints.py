@@ -79,7 +79,8 @@ def list_all(store: CheckpointStore) -> int:
         try:
             published = store.open(step)
             published.require_files()
-            state, layout = state_of(published)
+            saved = state_of(published)
+            state, layout = saved.train, saved.layout
             size_mb = sum(entry.size_bytes for entry in published.files.values()) / 1e6
             where = f"{layout.workers} x ZeRO {layout.zero_stage}, tensor {layout.tensor}, {layout.precision}"
             rows.append((str(step), f"{state.tokens:,}", where, f"{size_mb:,.1f}", "complete"))
@@ -107,7 +108,8 @@ def verify(store: CheckpointStore, steps: list[int]) -> int:
 
 
 def inspect(published: Published) -> None:
-    state, layout = state_of(published)
+    saved = state_of(published)
+    state, layout = saved.train, saved.layout
     cursor = state.cursor
     print(f"{published.uri}, format {FORMAT}")
     print(f"step {state.step}, {state.tokens:,} tokens, cursor: epoch {cursor.epoch}, window {cursor.window}, row {cursor.offset}")

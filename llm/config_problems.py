@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from llm.config import RunConfig, Section, cross_checks
+from llm.config import RunConfig, Section
 from llm.config_fields import (
     KINDS,
     as_number,
@@ -27,6 +27,7 @@ from llm.config_fields import (
     section_of,
     shown,
 )
+from llm.config_rules import cross_checks
 
 KeyPath = tuple[str | int, ...]
 

@@ -52,11 +52,20 @@ def newest_good(store: CheckpointStore, check: Callable[[Published], T]) -> Newe
     )
 
 
-def read_newest(store: CheckpointStore) -> Newest[tuple[TrainState, Layout]] | None:
+@dataclass(frozen=True)
+class SavedState:
+    """What a checkpoint's state.json says."""
+
+    train: TrainState
+    layout: Layout
+    loss_scaler: dict[str, int | float | bool]
+
+
+def read_newest(store: CheckpointStore) -> Newest[SavedState] | None:
     """The newest checkpoint whose manifest and state are whole and whose files are there in their sizes: tensors are not read, so that a
     restore may still find it damaged."""
 
-    def check(published: Published) -> tuple[TrainState, Layout]:
+    def check(published: Published) -> SavedState:
         published.require_files()
         return state_of(published)
 
@@ -66,10 +75,10 @@ def read_newest(store: CheckpointStore) -> Newest[tuple[TrainState, Layout]] | N
 def newest_state(store: CheckpointStore) -> TrainState:
     """Where a run stands: the newest good checkpoint's state, or a fresh one."""
     found = read_newest(store)
-    return found.value[0] if found else TrainState()
+    return found.value.train if found else TrainState()
 
 
-def state_of(published: Published) -> tuple[TrainState, Layout]:
+def state_of(published: Published) -> SavedState:
     """What a checkpoint says of itself. Raises DamagedCheckpointError where that is not what a checkpoint can say."""
     what = f"{published.uri}/{STATE}"
     raw = strict_json(published.read(STATE), what)
@@ -77,11 +86,13 @@ def state_of(published: Published) -> tuple[TrainState, Layout]:
         _require_kinds(raw["train"])
         train = TrainState.from_json(raw["train"])
         layout = Layout(**{field.name: _of_kind(raw["layout"][field.name], str(field.type)) for field in fields(Layout)})
+        scaler = raw["loss_scaler"]
+        _require_numbers(scaler)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DamagedCheckpointError(f"{what} is no checkpoint's state: {type(error).__name__}: {str(error)[:200]}.") from None
     if train.step != published.step:
         raise DamagedCheckpointError(f"{what} is of step {train.step}, and lies in the folder of step {published.step}.")
-    return train, layout
+    return SavedState(train, layout, scaler)
 
 
 def require_restorable(there: Layout, here: Layout, step: int) -> None:
@@ -108,6 +119,13 @@ def _require_kinds(train: Any) -> None:
     if not isinstance(cursor["began"], list):
         raise TypeError("cursor.began is no list")
     _of_kind(train["ledger"], "str")
+    _require_numbers(train["history"])
+
+
+def _require_numbers(values: Any) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int | float):
+            raise TypeError(f"{name}={str(value)[:50]!r} is no number")
 
 
 def _of_kind(value: Any, kind: str) -> Any:

@@ -21,12 +21,11 @@ import torch.distributed as dist
 
 from llm.checkpoint.fragments import Fragment, Ownership, refresh_weights
 from llm.checkpoint.index import ITEM_BYTES, WEIGHT, Counters, Index
-from llm.checkpoint.layout import STATE, Layout, rank_file, step_folder
-from llm.checkpoint.newest import require_restorable
+from llm.checkpoint.layout import Layout, rank_file, step_folder
+from llm.checkpoint.newest import SavedState, require_restorable, state_of
 from llm.checkpoint.published import Published
 from llm.checkpoint.read import Target, fill, read_index
 from llm.checkpoint.store import CheckpointStore
-from llm.checkpoint.strict_json import strict_json
 from llm.checkpoint.together import bytes_of_first, together
 from llm.errors import CheckpointError, DamagedCheckpointError
 from llm.parallel.zero import Engine
@@ -83,13 +82,12 @@ def restore_checkpoint(engine: Engine, step: int, layout: Layout, store: Checkpo
     """
     ownership = ownership or Ownership(engine)
 
-    def read() -> tuple[Published, Index, TrainState, Layout, dict[str, Any]]:
+    def read() -> tuple[Published, Index, SavedState]:
         published = store.open(step)
-        state, there, scale = _read_state(published)
-        return published, read_index(published), state, there, scale
+        return published, read_index(published), state_of(published)
 
-    published, index, state, there, scale = together(read, f"read {step_folder(step)}")
-    require_restorable(there, layout, step)
+    published, index, saved = together(read, f"read {step_folder(step)}")
+    require_restorable(saved.layout, layout, step)
     fragments = ownership.fragments()
     together(lambda: _require_same_model(index, fragments, step), f"use {step_folder(step)}")
 
@@ -97,24 +95,13 @@ def restore_checkpoint(engine: Engine, step: int, layout: Layout, store: Checkpo
         fill(published, index, [target for fragment in fragments for target in _targets(index, fragment)])
         _put_undivided(published, index, fragments, engine.mesh.rank)
         _put_counters(index, fragments, step)
-        _put_rng(engine, published, index, there, layout)
+        _put_rng(engine, published, index, saved.layout, layout)
 
     together(put_back, f"read its part of {step_folder(step)}")
     refresh_weights(engine)
-    _put_scale(engine, scale)
-    engine.deepspeed.global_steps = state.step
-    return state
-
-
-def _read_state(published: Published) -> tuple[TrainState, Layout, dict[str, Any]]:
-    raw = strict_json(published.read(STATE), STATE)
-    try:
-        scale = raw["loss_scaler"]
-        if not all(isinstance(value, int | float) for value in scale.values()):
-            raise TypeError("loss_scaler holds what is no number")
-        return TrainState.from_json(raw["train"]), Layout(**raw["layout"]), scale
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise DamagedCheckpointError(f"{STATE} of {published.uri} is wrong: {type(error).__name__}: {error}") from None
+    _put_scale(engine, saved.loss_scaler)
+    engine.deepspeed.global_steps = saved.train.step
+    return saved.train
 
 
 def _require_same_model(index: Index, fragments: list[Fragment], step: int) -> None:

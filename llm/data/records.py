@@ -7,7 +7,6 @@ week. A file that cannot be read at all is an error.
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -15,12 +14,12 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 
 from llm.config import S3Section
 from llm.data.exact_file import ExactFile
 from llm.data.long_text import LongRecord, pieces
-from llm.data.slices import Compression, Slice, SourceFile
+from llm.data.slices import Slice, SourceFile
+from llm.data.unpack import DamagedStreamError, unpacked
 from llm.storage import storage_errors
 
 # A longer line is skipped without being held in memory. One of 48 MiB takes itself, and twice its tokens, at most: with
@@ -31,14 +30,9 @@ MAX_LINE_BYTES = 48 << 20
 MAX_WHOLE_BYTES = 4 << 20
 MAX_VALUE_BYTES = 16 << 20  # of Parquet: pyarrow holds a value four times
 MAX_JSON_NODES = 1_000_000  # lists and objects in one line, or brackets in its text
-# A compressed stream that unpacks to more than so many times its size, by more than so many bytes, is a bomb: the rest of it is skipped.
-MAX_UNPACK_RATIO, MAX_UNPACK_EXCESS_BYTES = 200, 32 << 20
 COMPRESSED_TEXT_BYTES = 1 << 20  # a compressed text file that unpacks to more becomes several documents of about this size
 _CHUNK_BYTES = 4 << 20
 _TAIL_BYTES = 64 << 10  # read at a time beyond a slice's end, to finish its last line
-_BITE_BYTES = 1 << 9  # compressed bytes unpacked at a time: a bomb expands to at most 16 MiB of memory
-_UNPACKED_BYTES = 1 << 20  # of a compressed stream's text that are split into lines at once
-_MAX_WINDOW_BYTES = 128 << 20
 _PARQUET_BATCH_ROWS, _PARQUET_BATCH_BYTES = 256, 8 << 20  # whichever is less
 
 
@@ -69,13 +63,8 @@ class _Raw(NamedTuple):
 
 Line = tuple[int, int, bytes | bytearray | None]  # offset; number, from 1, of those that were split together; None where it is too long
 
-
 _TOO_LONG = f"a line of more than {MAX_LINE_BYTES >> 20} MiB"
 _TOO_LONG_VALUE = f"a value of more than {MAX_VALUE_BYTES >> 20} MiB"
-
-
-class _DamagedError(Exception):
-    """Nothing more can be read from this stream; the text says why."""
 
 
 class _NoTextError(Exception):
@@ -88,7 +77,7 @@ def read_slice(piece: Slice, text_field: str, s3: S3Section) -> Iterator[Documen
     Records, bad ones included, are numbered 0, 1, ... within the slice; blank lines are no records. With stripes only
     every `num_stripes`-th is parsed, but all are read. Where a file is damaged, what stands before the damage is
     yielded, then one BadRecord for the rest; so with a compressed stream that is a bomb: once it has unpacked to
-    MAX_UNPACK_EXCESS_BYTES more than MAX_UNPACK_RATIO times its size, it is given up. A text file is one document; a
+    too much (`llm/data/unpack.py`), it is given up. A text file is one document; a
     byte range of one, or each COMPRESSED_TEXT_BYTES of a compressed one, is a document of whole lines. Memory: a few
     chunks of 4 MiB and the longest line, twice while it is put together, or the row groups of a Parquet slice.
 
@@ -196,7 +185,7 @@ def _compressed_records(file: SourceFile, stream: ExactFile) -> Iterator[_Raw]:
     parts: list[bytes | bytearray] = []
     bad: str | None = None
     try:
-        for offset, number, line in _split_lines(_unpacked(stream, file.compression), 0, skip_empty=file.format == "jsonl"):
+        for offset, number, line in _split_lines(unpacked(stream, file.compression, _CHUNK_BYTES), 0, skip_empty=file.format == "jsonl"):
             if file.format == "jsonl":
                 yield from _json_lines(file, [(number, number, line)])
                 continue
@@ -208,66 +197,12 @@ def _compressed_records(file: SourceFile, stream: ExactFile) -> Iterator[_Raw]:
             if end - start >= COMPRESSED_TEXT_BYTES:
                 yield _Raw(file.uri, start, b"".join(parts))
                 parts, start = [], end
-    except _DamagedError as damage:
+    except DamagedStreamError as damage:
         bad = str(damage)
     if parts:
         yield _Raw(file.uri, start, b"".join(parts))
     if bad is not None:
         yield _Raw(file.uri, number + 1 if file.format == "jsonl" else end, None, bad=bad)
-
-
-def _unpacked(stream: ExactFile, compression: Compression) -> Iterator[bytes]:
-    """Chunks of the unpacked stream, over all gzip members or zstd frames; raises _DamagedError after the last good."""
-    ready: list[bytes] = []
-    ready_bytes = 0
-    damage: str | None = None  # not the error: it would hold this frame, and the frame it, with all that was unpacked
-    bites = _unpacked_bites(stream, compression)
-    while damage is None:
-        try:
-            unpacked = next(bites, None)
-        except _DamagedError as error:
-            damage, unpacked = str(error), None
-        if unpacked is not None:
-            ready.append(unpacked)
-            ready_bytes += len(unpacked)
-        if unpacked is None or ready_bytes >= _UNPACKED_BYTES:
-            whole = b"".join(ready)
-            ready, ready_bytes = [], 0
-            for at in range(0, len(whole), _UNPACKED_BYTES):  # a bite of a bomb is larger
-                yield whole[at : at + _UNPACKED_BYTES]
-        if unpacked is None and damage is None:
-            return
-    raise _DamagedError(damage)
-
-
-def _unpacked_bites(stream: ExactFile, compression: Compression) -> Iterator[bytes]:
-    """Fed in small bites, because both libraries throw away what they unpacked from a bite that turns out damaged."""
-    zstd = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
-    unpacker: Any = None
-    excess_bytes = 0
-    while chunk := stream.read(_CHUNK_BYTES):
-        for at in range(0, len(chunk), _BITE_BYTES):
-            bite = chunk[at : at + _BITE_BYTES]
-            excess_bytes = max(0, excess_bytes - MAX_UNPACK_RATIO * len(bite))
-            while bite:
-                if unpacker is None:
-                    bite = bite.lstrip(b"\0")  # archives are padded with zeros
-                    if not bite:
-                        break
-                    unpacker = zstd.decompressobj() if compression == "zstd" else zlib.decompressobj(wbits=31)
-                try:
-                    unpacked = unpacker.decompress(bite)
-                except (zlib.error, zstandard.ZstdError) as error:
-                    raise _DamagedError(f"damaged {compression} stream: {error}") from None
-                bite = unpacker.unused_data if unpacker.eof else b""
-                unpacker = None if unpacker.eof else unpacker
-                excess_bytes += len(unpacked)
-                if excess_bytes > MAX_UNPACK_EXCESS_BYTES:
-                    raise _DamagedError(f"a {compression} stream that unpacks to more than {MAX_UNPACK_RATIO} times its size: a bomb?")
-                if unpacked:
-                    yield unpacked
-    if unpacker is not None:
-        raise _DamagedError(f"truncated {compression} stream")
 
 
 def _lines_between(stream: ExactFile, start: int, stop: int, skip_empty: bool) -> Iterator[Line]:

@@ -157,12 +157,12 @@ class Engine:
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()
 
-    def step(self, lr_factor: float, may_update: Callable[[float], bool]) -> tuple[float, bool]:
+    def step(self, lr_factor: float, may_update: Callable[[float], bool]) -> float:
         """Clips, updates the weights with every group's own learning rate x `lr_factor`, lets the gradients go.
 
         `may_update` is asked once, on every rank, with the gradient's global norm before clipping, before any weight or moment moves: where
         it says no, none does. Its answer must be the same on all ranks. Returns the norm, infinite where it is not finite (DeepSpeed leaves
-        such updates out by itself; with fp16 it lowers the loss scale, too), and whether the weights moved.
+        such updates out by itself; with fp16 it lowers the loss scale, too).
 
         Muon's momentum moves before it is asked, so there its no comes too late for the momentum, though not for the weights.
         """
@@ -174,7 +174,7 @@ class Engine:
         if self._allowed is None:
             self._norm = float("inf")
             may_update(self._norm)
-        return float(self._norm), bool(self._allowed)
+        return float(self._norm)
 
     def _update_if_allowed(self) -> None:
         """In the place of the inner optimizer's step, which DeepSpeed calls for each group of parameters."""

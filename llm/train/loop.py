@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 
 from llm.checkpoint.layout import Layout
-from llm.checkpoint.newest import newest_state
 from llm.checkpoint.restore import restore_newest
 from llm.checkpoint.save import CheckpointSaver
 from llm.checkpoint.store import CheckpointStore
+from llm.checkpoint.together import together
 from llm.data.batches import Batch, BatchFetcher, DataGroups, Reader
 from llm.data.ledger import advanced
 from llm.errors import PlannedStop
@@ -114,8 +114,8 @@ class Checkpoints:
 
     def roll_back(self) -> int:
         """Restores the newest checkpoint of all; its step, 0 where there is none."""
-        newest = newest_state(self.store)
-        return self.restore(newest.step).step if newest.step else 0
+        steps = together(self.store.steps, "list the checkpoints")
+        return self.restore(steps[0]).step if steps else 0
 
     def _tell(self, step: int, why: str, aside: str) -> None:
         self.recorder.event("damaged", step=step, reason=why, path=aside)

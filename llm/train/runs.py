@@ -93,7 +93,7 @@ def _require_same_run(config: RunConfig) -> tuple[int, str | None]:
     found = read_newest(store)
     if found is None or not exists(recorded, config.s3):
         return 0, None
-    state, there = found.value
+    state, there = found.value.train, found.value.layout
     parallel = config.parallel
     # The precision that `auto` is on the workers' hardware is theirs to compare.
     here = Layout(parallel.workers, parallel.tensor, parallel.zero_stage, there.precision, config.train.optimizer)

@@ -46,52 +46,51 @@ def train_step(
     no update. All ranks must call it. `before_update` returns when the weights may change: a checkpoint may still be copying them.
     """
     troubles: list[str] = []
-    while True:
-        loss, norm, trouble = _attempt(engine, batch, judge, microbatch_rows, isolate, lr_factor, before_update)
-        if trouble is not None:
-            troubles.append(trouble)
-        if trouble is None:
-            return StepResult(loss, norm, tuple(troubles))
-        if len(troubles) == ATTEMPTS:
-            return StepResult(loss, norm, tuple(troubles), "skipped")
+    for _ in range(ATTEMPTS):
+        attempt = _Attempt(engine, judge, _forward_backward(engine, batch, microbatch_rows, isolate), before_update)
+        norm = engine.step(lr_factor, attempt.may_update)
+        if attempt.trouble is None:
+            return StepResult(attempt.loss, norm, tuple(troubles))
+        troubles.append(attempt.trouble)
+    return StepResult(attempt.loss, norm, tuple(troubles), "skipped")
 
 
-def _attempt(
-    engine: Engine,
-    batch: Batch,
-    judge: Judge,
-    microbatch_rows: int,
-    isolate: bool,
-    lr_factor: float,
-    before_update: Callable[[], None],
-) -> tuple[float, float, str | None]:
-    """(loss, norm of the gradient, what was wrong).
+def _forward_backward(engine: Engine, batch: Batch, microbatch_rows: int, isolate: bool) -> Tensor:
+    """This rank's share of the batch's loss.
 
     Each microbatch's summed loss is divided by the predicted tokens of the *whole* batch before backward, so unequally masked
     microbatches weigh as they should: 1 microbatch of 8 rows, 2 of 4 and 4 of 2 give the same gradient.
     """
-    total = torch.zeros((), device=engine.device)
+    share = torch.zeros((), device=engine.device)
     for first in range(0, len(batch.ids), microbatch_rows):
         rows = slice(first, first + microbatch_rows)
         loss = _summed_loss(engine, batch.ids[rows], batch.segments[rows], isolate) / batch.predicted_tokens
-        total += loss.detach()
+        share += loss.detach()
         engine.backward(loss)
-    loss, trouble = float("nan"), None
+    return share
 
-    def may_update(norm: float) -> bool:
+
+@dataclass
+class _Attempt:
+    """What all ranks find of one forward and backward pass, once the gradient's norm is known."""
+
+    engine: Engine
+    judge: Judge
+    share: Tensor  # of the loss, this rank's
+    before_update: Callable[[], None]
+    loss: float = math.nan
+    trouble: str | None = None
+
+    def may_update(self, norm: float) -> bool:
         """Agreed over all ranks: a rank that alone held back would part from the others for ever."""
-        nonlocal loss, trouble
-        overflowed = engine.precision == "fp16" and norm == math.inf  # the loss scale was too high, which is no trouble
-        of_gradient = None if overflowed else judge.of_gradient(norm)
-        sums = _over_data_ranks(engine, torch.stack([total, torch.full_like(total, of_gradient is not None)])).tolist()
-        loss = sums[0]
-        trouble = judge.of_loss(loss) or of_gradient or ("another rank's gradient is bad" if sums[1] else None)
-        if trouble is None:
-            before_update()
-        return trouble is None
-
-    norm, _ = engine.step(lr_factor, may_update)
-    return loss, norm, trouble
+        overflowed = self.engine.precision == "fp16" and norm == math.inf  # the loss scale was too high, which is no trouble
+        of_gradient = None if overflowed else self.judge.of_gradient(norm)
+        told = torch.stack([self.share, torch.full_like(self.share, of_gradient is not None)])
+        self.loss, bad_gradients = _over_data_ranks(self.engine, told).tolist()
+        self.trouble = self.judge.of_loss(self.loss) or of_gradient or ("another rank's gradient is bad" if bad_gradients else None)
+        if self.trouble is None:
+            self.before_update()
+        return self.trouble is None
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import zstandard
 
 from llm import storage
 from llm.config import S3Section, SourceSection
-from llm.data import exact_file
+from llm.data import exact_file, unpack
 from llm.data import records as reading
 from llm.data.exact_file import ExactFile
 from llm.data.records import BadRecord, Document, read_slice
@@ -96,7 +96,7 @@ def test_bytes_round_trip(bucket: str) -> None:
 def test_an_object_rewritten_at_equal_size_is_an_error(s3_server: S3Server, bucket: str, local: Path, name: str, monkeypatch) -> None:
     """Before the first read of a slice, and in the middle of one. With the old object put back the run goes on."""
     monkeypatch.setattr(reading, "_CHUNK_BYTES", 2000)
-    monkeypatch.setattr(reading, "_UNPACKED_BYTES", 500)
+    monkeypatch.setattr(unpack, "UNPACKED_BYTES", 500)
     monkeypatch.setattr(reading, "COMPRESSED_TEXT_BYTES", 500)
     monkeypatch.setattr(reading, "_PARQUET_BATCH_ROWS", 10)
     client, old = s3_server.client(), (local / name).read_bytes()

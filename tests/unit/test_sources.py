@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from llm.config import S3Section, SourceSection
 from llm.data import records as reading
+from llm.data import unpack
 from llm.data.records import BadRecord, Document, read_slice
 from llm.data.slices import Slice, plan_slices
 from llm.data.sources import list_files
@@ -314,7 +315,7 @@ def test_a_parquet_value_too_long_is_skipped(tmp_path: Path, kind: pa.DataType, 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
 def test_a_bomb_is_given_up(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "MAX_UNPACK_EXCESS_BYTES", 1 << 20)
+    monkeypatch.setattr(unpack, "MAX_UNPACK_EXCESS_BYTES", 1 << 20)
     before = [os.urandom(500).hex() for _ in range(2000)]
     (tmp_path / f"a.jsonl.{suffix}").write_bytes(compress(jsonl(before), suffix) + compress(jsonl(["x" * 99] * 100_000), suffix))
     found = records(tmp_path)
@@ -384,7 +385,7 @@ def test_damaged_files_hold_no_memory(tmp_path: Path) -> None:
     gc.disable()
     try:
         assert len(bad(records(tmp_path))) == 1
-        assert not [held for held in gc.get_objects() if type(held) is reading._DamagedError]
+        assert not [held for held in gc.get_objects() if type(held) is unpack.DamagedStreamError]
     finally:
         gc.enable()
 
