@@ -214,7 +214,7 @@ class Corpus:
 
     def add_rows(self, made: list[Made]) -> None:
         """A Parquet file of the texts; in the place of a bad one null or bytes that are not UTF-8. One that is too long is bad."""
-        rows = [self.rng.choice([None, data + b"\xff"]) if text is BAD else text.encode("utf-8", "replace") for data, text in made]
+        rows = [self.rng.choice([None, data + b"\xff"]) if text is None else text.encode("utf-8", "replace") for data, text in made]
         sink = io.BytesIO()
         pq.write_table(pa.table({"text": pa.array(rows, pa.binary())}), sink, row_group_size=self.rng.choice([10, 100, 1000]))
         readable = [text is not BAD and len(row or b"") <= MAX_VALUE_BYTES for row, (_, text) in zip(rows, made, strict=True)]
@@ -241,7 +241,7 @@ class Corpus:
         self.records += len(made)
         for _, text in made:
             self.bad += text is BAD
-            if text is not BAD and (cleaned := self._cleaner.clean(text)):
+            if text is not None and (cleaned := self._cleaner.clean(text)):
                 self.texts[digest(cleaned)] += 1
 
 

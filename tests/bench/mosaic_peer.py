@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 import torch
-from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
+from streaming import MDSWriter, StreamingDataLoader, StreamingDataset  # pyright: ignore[reportMissingImports]  # the peer's own environment has it
 from torch.utils.data import DataLoader
 
 

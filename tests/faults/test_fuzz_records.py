@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llm.data.encode import Engine
-from tests.fuzz_corpus import GIANTS, Corpus, bomb, giant_corpus, line, made_corpus, read_in_a_process, small_tokenizer, words
+from tests.fuzz_corpus import GIANTS, Corpus, Made, bomb, giant_corpus, line, made_corpus, read_in_a_process, small_tokenizer, words
 
 MAX_MB = 256  # more than ordinary files take
 RECORDS, PARTS = 100_000, 5
@@ -27,7 +27,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ordinary_mb(root: Path, engine: Engine) -> float:
     """What reading ordinary files of all formats takes."""
     corpus = Corpus(root / f"ordinary {engine}", 0)
-    made = [(line(text := " ".join(words(corpus.rng) for _ in range(40))), text) for _ in range(3000)]
+    made: list[Made] = [(line(text := " ".join(words(corpus.rng) for _ in range(40))), text) for _ in range(3000)]
     for suffix in (".jsonl", ".jsonl.gz", ".jsonl.zst"):
         corpus.add_lines(suffix, made)
     corpus.add_rows(made)

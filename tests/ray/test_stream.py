@@ -115,7 +115,8 @@ def test_a_batch_is_the_same_rows_for_every_data_size(stream_recipe, local_ray, 
     cursor = Cursor()
     if begin is not None:
         _, positions = reference(stream_recipe, cursor, STEPS * BATCH_ROWS)
-        cursor = Cursor(*(int(x) for x in positions[begin]))
+        epoch, window, offset = (int(x) for x in positions[begin])
+        cursor = Cursor(epoch, window, offset)
     for data_size in (1, 2, 4):
         check(stream_recipe, cursor, data_size, tmp_path)
 

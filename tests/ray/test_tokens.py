@@ -21,6 +21,7 @@ def test_the_whole_corpus_is_packed_ahead(recipe: Path, monkeypatch):
     monkeypatch.chdir(recipe.parent)
     prepared = prepare(load_run(str(recipe), ["data.slice_bytes=8192"]), "/none", 0.0)
     cache = module.token_cache(prepared.job.config)
+    assert cache is not None
     monkeypatch.setattr(module, "make_slice", None)
     for window in range(prepared.recipe.plan.windows_per_epoch):
         assert len(make_window(prepared.recipe, 0, window, (), cache.slice).rows)

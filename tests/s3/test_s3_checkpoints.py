@@ -53,7 +53,7 @@ def test_a_checkpoint_on_s3_reads_as_it_was_written(proxy: Proxy) -> None:
     assert store.prune(keep=1, keep_every=2) == [1]  # 2: a multiple; 4: the newest; 3: one of the last two good ones
     read_all(store, 4)
     found = read_newest(store)
-    assert found is not None and found.value[0].step == 4
+    assert found is not None and found.value.train.step == 4
     with pytest.raises(CheckpointError, match="is there already, and whole"):
         store.begin(4)
     store.set_aside(4)

@@ -125,7 +125,7 @@ def test_activation_checkpointing_changes_memory_and_no_number(name: str) -> Non
         loss.backward()
         saved.append(sum(kept))
     assert saved[1] < saved[0]
-    gradients = [{name: p.grad for name, p in model.named_parameters()} for model in (plain, checkpointed)]
+    gradients = [{name: p.grad for name, p in model.named_parameters() if p.grad is not None} for model in (plain, checkpointed)]
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 

@@ -120,7 +120,8 @@ def test_a_corpus_that_cannot_fit_is_refused_with_the_size_that_can(recipe: Reci
 def test_it_can_be_switched_off(tmp_path: Path) -> None:
     path = write_small_run(tmp_path)
     assert token_cache(load_run(str(path), ["data.cache.enabled=false"])) is None
-    assert token_cache(load_run(str(path), [f"data.cache.uri={tmp_path}/here"])).uri == f"{tmp_path}/here"
+    cache = token_cache(load_run(str(path), [f"data.cache.uri={tmp_path}/here"]))
+    assert cache is not None and cache.uri == f"{tmp_path}/here"
 
 
 def test_files_are_small(recipe: Recipe, cache: TokenCache) -> None:

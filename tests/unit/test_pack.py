@@ -53,7 +53,7 @@ def test_joined_and_refilled_parts_are_as_good(one, other, seq_len):
 ])  # fmt: skip
 def test_at_least_997_of_1000_positions_are_real(lengths, seq_len):
     rng = np.random.default_rng(0)
-    sizes = rng.integers(*lengths, max(20, 600_000 // lengths[1]))
+    sizes = rng.integers(*lengths, size=max(20, 600_000 // lengths[1]))
     rows = pack(np.ones(sizes.sum(), dtype=np.int32), sizes, seq_len, EOS)
     assert rows.filled.sum() == sizes.sum()
     assert rows.filled.sum() / rows.ids.size >= 0.997

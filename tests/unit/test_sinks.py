@@ -100,7 +100,7 @@ print([m for m in ("torch", "numpy", "botocore", "tensorflow", "tensorboardX") i
 @pytest.mark.parametrize(("key", "module"), [("mlflow_uri", "mlflow"), ("wandb_project", "wandb")])
 def test_a_missing_tracker_names_its_extra(tmp_path, monkeypatch, key, module):
     monkeypatch.setitem(sys.modules, module, None)
-    log = LogSection(**{key: "x"})
+    log = LogSection.model_validate({key: "x"})
     with pytest.raises(ConfigError, match=rf"log.{key} is set, but {module} is not installed.*pip install 'headrace\[{module}\]'"):
         open_sinks(log, run_name="a", folder=tmp_path, params={}, warn=pytest.fail)
 
