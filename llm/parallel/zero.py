@@ -5,7 +5,8 @@ Nothing else in Headrace calls DeepSpeed for training. Three of its habits are u
 - it divides gradients by the number of microbatches and by the number of data ranks; we want the plain sum over the batch, because the
   loss is already divided by the batch's count of predicted tokens (`backward` multiplies both back);
 - at stage 0 it clips by each rank's own norm, which differs between tensor ranks; we clip by the global norm;
-- at tensor size > 1 it skips, without a word, layers that it does not know how to split; we refuse such a model by name.
+- at tensor size > 1 it skips, without a word, layers that it does not know how to split, and puts split matrices in the place of layers
+  with adapters (peft's LoRA), which are gone then; we refuse such a model by name.
 """
 
 from __future__ import annotations
@@ -106,6 +107,8 @@ class Engine:
         self.grad_clip = train.grad_clip
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         self.full_shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        if mesh.tensor_size > 1:
+            _refuse_adapters(model, mesh.tensor_size)
         # Undoes DeepSpeed's two averages, see the module's docstring.
         self._loss_factor = float(mesh.data_size * microbatches)
         if train.optimizer != "muon" or self.device.type == "cpu":
@@ -259,6 +262,20 @@ def _matrix_modules(model: nn.Module) -> Iterable[tuple[str, Any]]:
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter) and len(_shape(weight)) == 2:
             yield name, module
+
+
+def _refuse_adapters(model: nn.Module, tensor_size: int) -> None:
+    """A layer that wraps a matrix and shows its weight as its own would be taken for the matrix, and what it adds be lost."""
+    wrappers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "weight", None), nn.Parameter) and "weight" not in module._parameters
+    ]
+    if wrappers:
+        raise ModelError(
+            f"{type(model).__name__} cannot be split over parallel.tensor={tensor_size}: DeepSpeed would drop the adapters of "
+            f"{len(wrappers)} of its layers, such as {wrappers[0]}. Set parallel.tensor=1: there they train at every parallel.zero_stage."
+        )
 
 
 def _shape(parameter: Any) -> tuple[int, ...]:

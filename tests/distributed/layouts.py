@@ -171,7 +171,7 @@ def _free_port() -> int:
 
 def run_layout(config: RunConfig, model_config: dict[str, Any], seed: int = 0) -> Result:
     """Trains on `unequal_rows`; the losses and gradient norms of each step, which all ranks agree on."""
-    results = run_ranks(_train_rank, config.parallel.workers, config, model_config, seed)
+    results = run_ranks(train_rank, config.parallel.workers, config, model_config, seed)
     for other in results[1:]:
         assert other.losses == results[0].losses, "ranks disagree on the loss"
     return results[0]
@@ -187,7 +187,7 @@ def make_job(config: RunConfig, model_config: dict[str, Any], run_uri: str = "/n
     return Job(config, run_uri, model_config, tokenizer, no_rows(config.data.seq_len), Schedule(), 0.0)
 
 
-def _train_rank(rank: int, world_size: int, config: RunConfig, model_config: dict[str, Any], seed: int) -> Result:
+def train_rank(rank: int, world_size: int, config: RunConfig, model_config: dict[str, Any], seed: int) -> Result:
     from llm.data.batches import BatchFetcher, DataGroups
     from llm.parallel.mesh import Mesh
     from llm.state import TrainState

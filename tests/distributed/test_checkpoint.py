@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import errno
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llm.checkpoint.digest import digest
-from llm.checkpoint.read import read_full_weights, read_index
 from llm.errors import CheckpointError
 from llm.metrics import read_rows, rows_of
 from tests.distributed.checkpoint_runs import (
@@ -20,8 +17,6 @@ from tests.distributed.checkpoint_runs import (
     engine_layout,
     layout_config,
     open_store,
-    restore_and_go_on,
-    train_and_save,
     train_run,
 )
 from tests.distributed.layouts import llama, make_job, run_ranks
@@ -109,68 +104,6 @@ def test_muon_goes_to_the_same_layout_only(tmp_path):
     run((1, 1, 2), CUT, tmp_path, optimizer="muon")
     with pytest.raises(CheckpointError, match="Muon's state goes to the same layout only"):
         run((2, 1, 2), STEPS, tmp_path, optimizer="muon")
-
-
-def _with_lora(model: Any) -> Any:
-    """Freezes the model and adds low-rank adapters to two matrices of each layer, as peft does, and a persistent buffer."""
-    import torch
-    from torch import nn
-
-    class Lora(nn.Module):
-        def __init__(self, base: nn.Linear) -> None:
-            super().__init__()
-            self.base_layer = base
-            self.lora_A = nn.Linear(base.in_features, 4, bias=False)
-            self.lora_B = nn.Linear(4, base.out_features, bias=False)
-            nn.init.zeros_(self.lora_B.weight)
-            self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
-
-        def forward(self, x: Any) -> Any:
-            self.calls += 1
-            return self.base_layer(x) + self.lora_B(self.lora_A(x))
-
-    model.requires_grad_(False)
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        for layer in model.model.layers:
-            layer.self_attn.q_proj = Lora(layer.self_attn.q_proj)
-            layer.mlp.down_proj = Lora(layer.mlp.down_proj)
-    return model
-
-
-def _train_lora(act: Any, shift: float, rank: int, *args: Any) -> Any:
-    """`act` on a model with adapters, whose frozen weights are moved by `shift`: what the restored ones must not be."""
-    import torch
-
-    from llm.train import build
-
-    original = build.build_model
-
-    def build_model(*arguments: Any, **options: Any) -> Any:
-        model = original(*arguments, **options)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(shift)
-        return _with_lora(model)
-
-    build.build_model = build_model
-    return act(rank, *args)
-
-
-@pytest.mark.parametrize("goes_on", [(0, 1, 2), (1, 1, 2), (2, 1, 1), (3, 1, 2)])
-@pytest.mark.parametrize("saved", [(0, 1, 1), (2, 1, 2), (3, 1, 2)])
-def test_frozen_weights_adapters_and_buffers_go_to_every_stage(tmp_path, saved, goes_on):
-    config = layout_config(saved, STEPS)
-    undisturbed = run_ranks(partial(_train_lora, train_and_save, 0.0), config.parallel.workers, config, str(tmp_path / "a"), CUT, MODEL)[0]
-    config = layout_config(goes_on, STEPS)
-    act = partial(_train_lora, restore_and_go_on, 0.01)
-    again, losses = run_ranks(act, config.parallel.workers, config, [str(tmp_path / "a")], str(tmp_path / "b"), CUT, MODEL)[0][0]
-    published = open_store(str(tmp_path / "a")).open(CUT)
-    kinds = [tensor.kind for tensor in read_index(published).tensors.values()]
-    assert {kind: kinds.count(kind) for kind in kinds} == {"frozen": 21, "trained": 8, "buffer": 4}
-    assert int(dict(read_full_weights(published))["model.layers.0.mlp.down_proj.calls"]) > 0
-    assert again == digest(published)
-    assert losses == pytest.approx(undisturbed, abs=1e-4)
 
 
 def _full_disk(rank: int, world_size: int, run_uri: str) -> tuple[list[str], list[int]]:

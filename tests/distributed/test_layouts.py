@@ -7,7 +7,8 @@ import functools
 import pytest
 
 from llm.errors import ModelError
-from tests.distributed.layouts import llama, make_config, run_layout
+from tests.distributed.layouts import llama, make_config, run_layout, run_ranks, train_rank
+from tests.distributed.lora import on_lora
 
 # fp32 sums in another order; 20 steps of AdamW amplify the last bits.
 TOLERANCE = 1e-4
@@ -91,3 +92,10 @@ def test_gpt2_trains_at_tensor_size_1_and_is_refused_by_name_at_2():
     assert len(run_layout(config, GPT2).losses) == 6
     with pytest.raises(ModelError, match=r"GPT2LMHeadModel cannot be split over parallel\.tensor=2"):
         run_layout(make_config(parallel={"workers": 2, "tensor": 2}), GPT2)
+
+
+def test_adapters_are_refused_by_name_at_tensor_size_2():
+    """DeepSpeed would put split matrices in the place of peft's layers, and train none of the adapters."""
+    config = make_config(parallel={"workers": 2, "tensor": 2}, train={"microbatch_rows": 2, "steps": 2})
+    with pytest.raises(ModelError, match=r"drop the adapters of 8 of its layers, such as base_model\.model\.model\.layers\.0\.self_attn"):
+        run_ranks(functools.partial(on_lora, train_rank, 0.0), 2, config, MODELS["llama_untied"], 0)
