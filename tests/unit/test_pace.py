@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 
@@ -41,3 +42,26 @@ def test_the_clock_counts_forward_passes_and_nothing_else():
     time.sleep(0.1)
     assert 60_000 <= clock.take() < 100_000
     assert clock.take() == 0
+
+
+def test_the_clock_stands_still_while_weights_are_gathered_and_outside_of_forward_passes():
+    class Sleeps(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            weight: Any = torch.nn.Parameter(torch.ones(1))
+            weight.ds_persist = False  # as DeepSpeed says of a weight that it gathers, in a hook of its own
+            self.weight = weight
+            self.register_forward_pre_hook(lambda *_: time.sleep(0.1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.02)
+            return x * self.weight
+
+    layers = torch.nn.Sequential(Sleeps(), Sleeps())
+    clock = ForwardClock()
+    clock.attach(layers, torch.device("cpu"))
+    layers(torch.ones(1))
+    time.sleep(0.1)
+    layers[0](torch.ones(1))  # as the backward pass does to compute activations again
+    layers[1](torch.ones(1))
+    assert 40_000 <= clock.take() < 100_000
