@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from jobs.checkpoints import choose
 from llm.checkpoint.store import CheckpointStore
@@ -13,7 +12,7 @@ from llm.config_file import parse_run
 from llm.data.corpus import with_builtin_corpus
 from llm.errors import ConfigError, HeadraceError
 from llm.model.presets import model_config
-from llm.storage import exists, is_s3, join, local_path, read_bytes
+from llm.storage import exists, join, read_bytes
 from llm.tokenizer import load_tokenizer
 from llm.train.runs import CONFIG
 
@@ -36,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def export(run: str, to: str, step: int | None) -> int:
     """The step that was exported."""
-    if not is_s3(to) and Path(local_path(to)).exists():
+    if exists(to, S3Section()):
         raise ConfigError(f"--to {to}: it exists, and nothing is overwritten. Name a new folder, or remove this one.")
     config = read_config(run)
     published = choose(CheckpointStore(run, config.s3), step)

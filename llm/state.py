@@ -37,6 +37,16 @@ class History:
     grad_norm: float = 0.0
     skipped: int = 0  # batches skipped since the last update
     rollbacks: int = 0
+    back_to: int = 0  # the step whose weights came back, until the next update
+
+    @property
+    def sound(self) -> bool:
+        """Whether the weights are those of an update that nothing was wrong with since: a place to go back to."""
+        return not self.skipped and not self.back_to
+
+    def of_other_data(self) -> History:
+        """What remains of it where the data change, whose losses are other ones."""
+        return History(skipped=self.skipped, rollbacks=self.rollbacks, back_to=self.back_to)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ names that prefix, is the one act that publishes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -107,6 +108,11 @@ class S3Checkpoints:
                 ) from None
 
     def abandon(self, folder: str) -> None:
+        """Nothing where the manifest names this attempt: it was published by a request of which no answer came."""
+        step, _, attempt = folder.partition("/")
+        with suppress(DamagedCheckpointError):  # there is none
+            if json.loads(self._get(f"{step}/{MANIFEST}", None)).get("folder") == attempt:
+                return
         self._delete_all(f"{folder}/")
         self._abort_uploads(f"{folder}/")
 

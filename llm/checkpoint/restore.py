@@ -41,26 +41,51 @@ def restore_newest(
     Damaged ones are set aside on the way: `tell(step, why, where it is now)` on rank 0. Raises CheckpointError where no whole one is left:
     a run that lost all its checkpoints must not begin anew unasked.
     """
-    ownership = Ownership(engine)
     least = torch.tensor([at_most])
     dist.all_reduce(least, op=dist.ReduceOp.MIN)
-    first_damage = ""
-    while (step := _newest_step(store, int(least))) is not None:
+    state, damage = _restore_first(engine, lambda step: step <= int(least), layout, store, tell)
+    if state is None:
+        raise CheckpointError(f"{store.uri} holds no whole checkpoint of at most {int(least)} steps. {damage}".strip())
+    return state
+
+
+def restore_sound(
+    engine: Engine, before: int, layout: Layout, store: CheckpointStore, tell: Callable[[int, str, str], None]
+) -> TrainState | None:
+    """Restores the newest whole checkpoint of before step `before` that was not saved within a row of bad steps; its state, or None where
+    there is none. All ranks must call it, with the same step."""
+
+    def sound(step: int) -> bool:
         try:
-            return restore_checkpoint(engine, step, layout, store, ownership)
+            return step < before and state_of(store.open(step)).train.history.sound
+        except DamagedCheckpointError:
+            return True  # restoring it will find the same, and set it aside
+
+    return _restore_first(engine, sound, layout, store, tell)[0]
+
+
+def _restore_first(
+    engine: Engine, wanted: Callable[[int], bool], layout: Layout, store: CheckpointStore, tell: Callable[[int, str, str], None]
+) -> tuple[TrainState | None, str]:
+    """The state of the newest whole checkpoint among those that rank 0 wants, and what was wrong with the first that was not whole."""
+    ownership, first_damage = Ownership(engine), ""
+    while (step := _newest_step(store, wanted)) is not None:
+        try:
+            return restore_checkpoint(engine, step, layout, store, ownership), first_damage
         except DamagedCheckpointError as error:
             first_damage = first_damage or str(error)
             set_aside = partial(store.set_aside, step)
             aside = together(lambda act=set_aside: act() if engine.mesh.rank == 0 else "", "set the damaged checkpoint aside")
             if engine.mesh.rank == 0:
                 tell(step, str(error), aside)
-    raise CheckpointError(f"{store.uri} holds no whole checkpoint of at most {int(least)} steps. {first_damage}".strip())
+    return None, first_damage
 
 
-def _newest_step(store: CheckpointStore, at_most: int) -> int | None:
-    """What rank 0 sees, and every rank must see too: a folder that a node does not have is no damage."""
+def _newest_step(store: CheckpointStore, wanted: Callable[[int], bool]) -> int | None:
+    """The newest that rank 0 sees and wants, and every rank must see too: a folder that a node does not have is no damage."""
     steps = together(store.steps, "list the checkpoints")
-    step = int(bytes_of_first(str(max((step for step in steps if step <= at_most), default=-1)).encode()))
+    chosen = together(lambda: next(filter(wanted, steps), -1) if dist.get_rank() == 0 else -1, "look at the checkpoints")
+    step = int(bytes_of_first(str(chosen).encode()))
 
     def require_seen() -> None:
         if step >= 0 and step not in steps:

@@ -2,8 +2,9 @@
 
 A step is bad when its loss or its gradient is NaN or infinite, or far above what the last steps showed. It is tried once more, for a bit
 that flipped in the hardware is right the second time; bad again, its batch is skipped: the weights stay, the stream goes on, the ledger
-notes it. After `guard.max_skips` batches in a row it is the weights that are bad: they go back to the last checkpoint's, while the stream
-goes on, so that the data in between is skipped as well (as in Chowdhery et al., "PaLM", 2022, section 5.1).
+notes it. After `guard.max_skips` batches in a row it is the weights that are bad: they go back to the last sound checkpoint's, while the
+stream goes on, so that the data in between is skipped as well (as in Chowdhery et al., "PaLM", 2022, section 5.1). Where no step is good
+after that either, the checkpoint before that one comes back.
 
 Pure: it judges by a `History` that is a part of the run's state, so a resumed run judges as the undisturbed one does.
 """
@@ -62,8 +63,9 @@ def gradient_trouble(history: History, guard: GuardSection, norm: float, grad_cl
     return None
 
 
-def settled(guard: GuardSection, result: StepResult, state: TrainState, roll_back: Callable[[], int]) -> tuple[StepResult, History]:
-    """What follows from a step for those after it. `roll_back` puts the last checkpoint's weights back and returns its step, 0 without one.
+def settled(guard: GuardSection, result: StepResult, state: TrainState, roll_back: Callable[[int], int]) -> tuple[StepResult, History]:
+    """What follows from a step for those after it. `roll_back` puts the newest sound weights of before a step back; the step that they are
+    of, 0 where there are none.
 
     Raises TrainingError where neither skipping nor going back has helped.
     """
@@ -74,16 +76,20 @@ def settled(guard: GuardSection, result: StepResult, state: TrainState, roll_bac
     history = replace(state.history, skipped=state.history.skipped + 1)
     if history.skipped < guard.max_skips:
         return result, history
-    back_to = roll_back() if history.rollbacks < guard.max_rollbacks else 0
+    back_to = roll_back(history.back_to or state.step + 1) if history.rollbacks < guard.max_rollbacks else 0
     if not back_to:
-        why = f"the run has gone back {history.rollbacks} times before" if history.rollbacks else "no checkpoint is there to go back to"
+        why = (
+            f"the run has gone back {history.rollbacks} times before" if history.rollbacks else "no sound checkpoint is there to go back to"
+        )
         raise TrainingError(
             f"the last {guard.max_skips} batches, up to step {state.step + 1}, could not be trained on: {result.troubles[-1]}; and {why}. "
             "Lower train.lr, lengthen train.warmup_steps, set train.precision to fp32 or bf16, or look at the documents with "
             f"headrace trace --step {state.step}."
         )
     # Nothing is known of how the older weights do on the newer data, but how often this has happened.
-    return replace(result, outcome=f"skipped; weights back to those of step {back_to}"), History(rollbacks=history.rollbacks + 1)
+    return replace(result, outcome=f"skipped; weights back to those of step {back_to}"), History(
+        rollbacks=history.rollbacks + 1, back_to=back_to
+    )
 
 
 def after_update(history: History, loss: float, grad_norm: float) -> History:

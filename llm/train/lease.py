@@ -219,7 +219,10 @@ def _create(run_uri: str, s3: S3Section, number: int, text: bytes) -> bool:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{uuid.uuid4().hex}.tmp")
         try:
-            beside.write_bytes(text)
+            with beside.open("xb") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
             os.link(beside, path)
         except FileExistsError:
             return False

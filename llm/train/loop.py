@@ -9,16 +9,12 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
-from llm.checkpoint.layout import Layout
-from llm.checkpoint.restore import restore_newest
-from llm.checkpoint.save import CheckpointSaver
 from llm.checkpoint.store import CheckpointStore
-from llm.checkpoint.together import together
 from llm.data.batches import Batch, BatchFetcher, DataGroups, Reader
 from llm.data.ledger import advanced
 from llm.errors import PlannedStop
@@ -26,8 +22,9 @@ from llm.export.huggingface import export_and_check, probe_logits
 from llm.job import Job
 from llm.parallel.mesh import Mesh
 from llm.parallel.zero import Engine, best_precision
-from llm.state import COUNTED, History, TrainState
+from llm.state import COUNTED, TrainState
 from llm.train.build import build_engine
+from llm.train.checkpoints import Checkpoints
 from llm.train.guard import judge_of, settled
 from llm.train.life import Incident, Wish
 from llm.train.pace import ForwardClock, SlowRanks
@@ -46,7 +43,7 @@ def train(
     *,
     incident: Incident | None = None,
     wish: Callable[[], int] = lambda: 0,
-    watchdog: Watchdog | None = None,
+    watchdog: Watchdog | Unwatched | None = None,
 ) -> TrainState:
     """Trains from `start` (a fresh state, or the newest checkpoint's) to `train.steps`; returns the last state. All ranks must call it.
 
@@ -55,6 +52,7 @@ def train(
     `watchdog`: told where training is. torch.distributed must be initialized.
     """
     config, started, clock = job.config, dict(phases or {}), ForwardClock()
+    watchdog = watchdog or Unwatched()
     precision = best_precision(config.train.precision, config.parallel.zero_stage)
     device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     recorder = Recorder(job, on=mesh.rank == 0, device_name=device_name, precision=precision)
@@ -64,9 +62,7 @@ def train(
         engine = build_engine(job, mesh)
         clock.attach(engine.deepspeed.module, engine.device)
         started["building the model and the engine"] = time.perf_counter() - began_s
-        store = CheckpointStore(job.run_uri, config.s3, job.fence)
-        layout = Layout(mesh.world_size, mesh.tensor_size, config.parallel.zero_stage, precision, config.train.optimizer)
-        checkpoints = Checkpoints(engine, store, layout, recorder)
+        checkpoints = Checkpoints(job, engine, recorder, watchdog)
         if start.step:
             began_s = time.perf_counter()
             start = checkpoints.restore(start.step)
@@ -91,34 +87,12 @@ def train(
             pace=clock.take,
         )
         recorder.event("start", total_steps=config.train.steps, workers=mesh.world_size, precision=precision, device=device_name)
-        with CheckpointSaver(engine, layout, store, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every) as saver:
-            return _train_and_save(job, checkpoints, fetcher, saver, start, watchdog or Unwatched())
+        with checkpoints:
+            return _train_and_save(job, engine, checkpoints, fetcher, recorder, start, watchdog)
     finally:
         if fetcher is not None:
             fetcher.close()
         recorder.close()
-
-
-@dataclass(frozen=True)
-class Checkpoints:
-    """What reads checkpoints, and who tells of it."""
-
-    engine: Engine
-    store: CheckpointStore
-    layout: Layout
-    recorder: Recorder
-
-    def restore(self, at_most: int) -> TrainState:
-        """The state of the newest checkpoint that is whole, of at most so many steps, put back into the engine. All ranks must call it."""
-        return restore_newest(self.engine, at_most, self.layout, self.store, self._tell)
-
-    def roll_back(self) -> int:
-        """Restores the newest checkpoint of all; its step, 0 where there is none."""
-        steps = together(self.store.steps, "list the checkpoints")
-        return self.restore(steps[0]).step if steps else 0
-
-    def _tell(self, step: int, why: str, aside: str) -> None:
-        self.recorder.event("damaged", step=step, reason=why, path=aside)
 
 
 def steps(
@@ -126,13 +100,12 @@ def steps(
     engine: Engine,
     batches: Iterable[Batch],
     state: TrainState,
-    roll_back: Callable[[], int],
+    roll_back: Callable[[int], int],
     before_update: Callable[[], None] = lambda: None,
     watchdog: Watchdog | Unwatched | None = None,
 ) -> Iterator[tuple[TrainState, StepResult, StepTimes]]:
     """Each step's new state, its result and its times. The time of a step ends where the next begins to wait for data, so what the consumer
-    does in between is not counted. `roll_back` puts an older checkpoint's weights back and returns its step, 0 where there is none;
-    `before_update`: see `train_step`."""
+    does in between is not counted. `roll_back`: see `settled`; `before_update`: see `train_step`."""
     source, watchdog = iter(batches), watchdog or Unwatched()
     while True:
         began_s = time.perf_counter()
@@ -142,7 +115,7 @@ def steps(
             return
         got_s = time.perf_counter()
         if batch.cursor.began != state.cursor.began:
-            state = replace(state, history=History(rollbacks=state.history.rollbacks))  # other data have other losses
+            state = replace(state, history=state.history.of_other_data())
         watchdog.begin_step(state.step + 1)
         # Dropout follows from the seed and the step, on every device and whatever went before; alike in a tensor group, which shares its
         # activations.
@@ -170,61 +143,45 @@ def steps(
 
 
 def _train_and_save(
-    job: Job, checkpoints: Checkpoints, batches: BatchFetcher, saver: CheckpointSaver, start: TrainState, watchdog: Watchdog | Unwatched
+    job: Job,
+    engine: Engine,
+    checkpoints: Checkpoints,
+    batches: BatchFetcher,
+    recorder: Recorder,
+    start: TrainState,
+    watchdog: Watchdog | Unwatched,
 ) -> TrainState:
-    config, state, saved_step, engine, recorder = job.config, start, start.step, checkpoints.engine, checkpoints.recorder
+    config, state, evaluated_step, slow = job.config, start, start.step, SlowRanks()
     if start.step == 0:
         with watchdog.phase("evaluation"):
             _evaluate(job, engine, recorder, 0)
-    evaluated_step, save_due, slow = start.step, False, SlowRanks()
-
-    def roll_back() -> int:
-        with watchdog.phase("going back to a checkpoint"):
-            saver.wait_published()
-            return checkpoints.roll_back()
-
-    def wait_snapshot() -> None:
-        with watchdog.phase("waiting for the copy of a checkpoint"):
-            saver.wait_snapshot()
-
-    for after, result, times in steps(job, engine, batches, start, roll_back, wait_snapshot, watchdog):
+    for after, result, times in steps(job, engine, batches, start, checkpoints.roll_back, checkpoints.wait_snapshot, watchdog):
         recorder.step(state, after, result, times, config.train.lr * lr_factor(config.train, state.step))
         if result.troubles:
             recorder.event("guard", step=after.step, action=result.outcome or "retried", cause=result.troubles[-1])
         for rank, slower in slow.look(batches.paces).items():
             recorder.event("slow_rank", rank=rank, times=round(slower, 1), step=after.step)
         state = after
-        if _due(config.eval.every_steps, state.step):
+        if config.eval.every_steps and state.step % config.eval.every_steps == 0:
             recorder.flush()
             with watchdog.phase("evaluation"):
                 _evaluate(job, engine, recorder, state.step)
             evaluated_step = state.step
-        save_due = save_due or _due(config.checkpoint.every_steps, state.step)
-        if save_due and not state.history.skipped:  # within a row of bad steps the weights may be bad: they are no place to go back to
-            save_due = False
-            recorder.flush()
-            with watchdog.phase("save"):
-                saver.save(state)
-            saved_step = state.step
-        _record_saves(recorder, saver)
+        checkpoints.after_step(state)
         if batches.stop_asked and state.step < config.train.steps:
             with watchdog.phase("save before a planned stop"):
-                _save_last(recorder, saver, state, saved_step)
+                checkpoints.save_last(state)
             raise PlannedStop(Wish(batches.stop_asked).told())
     with watchdog.phase("evaluation, save and export after the last step"):
         recorder.flush()
         if evaluated_step < state.step:
             _evaluate(job, engine, recorder, state.step)
-        _save_last(recorder, saver, state, saved_step)
+        checkpoints.save_last(state)
         if config.export.enabled:
             _export(job, engine, recorder, checkpoints.store, state)
     recorder.event("data", **{name: state.counts.get(name, 0) for name in COUNTED})
     recorder.event("end", status="finished", step=state.step)
     return state
-
-
-def _due(every_steps: int, step: int) -> bool:
-    return bool(every_steps) and step % every_steps == 0
 
 
 def _evaluate(job: Job, engine: Engine, recorder: Recorder, step: int) -> None:
@@ -239,21 +196,6 @@ def _evaluate(job: Job, engine: Engine, recorder: Recorder, step: int) -> None:
         isolate=job.config.data.isolate_documents,
     )
     recorder.evaluation(step, loss, tokens, time.perf_counter() - began_s)
-
-
-def _save_last(recorder: Recorder, saver: CheckpointSaver, state: TrainState, saved_step: int) -> None:
-    """Returns when the state is published."""
-    recorder.flush()
-    if saved_step < state.step:
-        saver.save_now(state)
-    saver.wait_published()
-    _record_saves(recorder, saver)
-
-
-def _record_saves(recorder: Recorder, saver: CheckpointSaver) -> None:
-    for saved in saver.finished():
-        times = {"took_s": round(saved.took_s, 3), "stall_s": round(saved.stall_s, 4)}
-        recorder.event("checkpoint", step=saved.step, path=saved.uri, **times, **({"unpruned": saved.unpruned} if saved.unpruned else {}))
 
 
 def _export(job: Job, engine: Engine, recorder: Recorder, store: CheckpointStore, state: TrainState) -> None:

@@ -53,7 +53,7 @@ def measure(rank: int, world_size: int, folder: str, rounds: int) -> list[dict[s
             thread_cpu_s.append(time.thread_time() - began_s)
 
     saver = Timed(engine, engine_layout(config), open_store(folder), keep=1)
-    updates = steps(job, engine, batches_from(config, mesh, 0, MAX_STEPS), TrainState(), lambda: 0, saver.wait_snapshot)
+    updates = steps(job, engine, batches_from(config, mesh, 0, MAX_STEPS), TrainState(), lambda before: 0, saver.wait_snapshot)
 
     def a_step() -> tuple[TrainState, float]:
         began_s = time.perf_counter()

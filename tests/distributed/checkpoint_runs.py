@@ -82,7 +82,7 @@ def train_and_save(rank: int, world_size: int, config: RunConfig, run_uri: str, 
     engine, losses = build_engine(job, mesh), []
     with CheckpointSaver(engine, engine_layout(config), open_store(run_uri), keep=1) as saver:
         batches = batches_from(config, mesh, 0, config.train.steps)
-        for state, result, _ in steps(job, engine, batches, TrainState(), lambda: 0, saver.wait_snapshot):
+        for state, result, _ in steps(job, engine, batches, TrainState(), lambda before: 0, saver.wait_snapshot):
             if state.step > save_at:
                 losses.append(float(result.loss))
             elif state.step == save_at:
@@ -110,7 +110,7 @@ def restore_and_go_on(
         with CheckpointSaver(engine, engine_layout(config), store, keep=1) as saver:
             saver.save_now(state)
         batches = batches_from(config, mesh, step, config.train.steps - step)
-        losses = [float(result.loss) for _, result, _ in steps(job, engine, batches, state, lambda: 0)]
+        losses = [float(result.loss) for _, result, _ in steps(job, engine, batches, state, lambda before: 0)]
         found.append((digest(store.open(step)) if rank == 0 else "", losses))
         engine.deepspeed.destroy()
     return found

@@ -211,7 +211,7 @@ def train_rank(rank: int, world_size: int, config: RunConfig, model_config: dict
         max_bad_frac=0.0,
     )
     losses, norms, last = [], [], TrainState()
-    for state, result, _ in steps(job, engine, batches, last, lambda: 0):
+    for state, result, _ in steps(job, engine, batches, last, lambda before: 0):
         last = state
         losses.append(float(result.loss))
         norms.append(float(result.grad_norm))

@@ -128,7 +128,7 @@ def _full_disk(rank: int, world_size: int, run_uri: str) -> tuple[list[str], lis
 
     DiskCheckpoints.write = fails
     for state, _, _ in steps(
-        make_job(config, MODEL), engine, batches_from(config, mesh, 0, STEPS), TrainState(), lambda: 0, saver.wait_snapshot
+        make_job(config, MODEL), engine, batches_from(config, mesh, 0, STEPS), TrainState(), lambda before: 0, saver.wait_snapshot
     ):
         trained.append(state.step)
         if state.step % 2 == 0:

@@ -12,7 +12,7 @@ from llm.checkpoint import on_s3
 from llm.checkpoint.newest import newest_good
 from llm.checkpoint.store import CheckpointStore
 from llm.config import S3Section
-from llm.errors import CheckpointError
+from llm.errors import CheckpointError, StorageError
 from tests.faults.memory_s3 import Death, MemoryS3
 from tests.faults.test_crash_states import a_life, contents, save
 
@@ -98,6 +98,30 @@ def test_an_answer_that_was_lost_is_no_other_driver(server, monkeypatch):
     monkeypatch.setattr(on_s3, "patiently", lambda attempt, *rest: patient(attempt))
     save(store(), 1, lambda name: None)
     assert lost and store().open(1).damage() == {}
+
+
+def test_a_save_that_was_published_without_any_answer_is_not_taken_back(server, monkeypatch):
+    """The saver gives the save up, and what it removes must not be the checkpoint that everybody sees."""
+    put = server.put_object
+
+    def put_and_fail(**given):
+        put(**given)
+        if "IfNoneMatch" in given:
+            raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(server, "put_object", put_and_fail)
+    monkeypatch.setattr(on_s3, "patiently", lambda attempt, *rest: attempt())
+    saver = store()
+    folder = saver.begin(1)
+    entry = saver.write(folder, "state.json", [b"a"])
+    with pytest.raises(StorageError):
+        saver.publish(1, folder, {"state.json": entry})
+    saver.abandon(folder)
+    unpublished = saver.begin(2)
+    saver.write(unpublished, "state.json", [b"b"])
+    saver.abandon(unpublished)
+    assert store().steps() == [1] and store().open(1).damage() == {}
+    assert not [key for key in server.objects if "step-00000002" in key]
 
 
 def patient(attempt):

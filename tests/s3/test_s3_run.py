@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.export import main as export
 from jobs.pretrain import main
 from llm.metrics import MetricsTail, rows_of
 from tests.s3_server import S3Server
@@ -37,7 +38,7 @@ def objects(server: S3Server) -> dict[str, bytes]:
     return {item["Key"].removeprefix("runs/small/"): client.get_object(Bucket="lake", Key=item["Key"])["Body"].read() for item in listed}
 
 
-def test_a_run_on_s3_trains_exports_and_resumes(s3_env: S3Server, recipe: Path) -> None:
+def test_a_run_on_s3_trains_exports_and_resumes(s3_env: S3Server, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for steps in (6, 8):
         done = start_run(recipe, *ON_S3, f"train.steps={steps}", "train.schedule=constant")
         _, err = done.communicate(timeout=400)
@@ -56,6 +57,9 @@ def test_a_run_on_s3_trains_exports_and_resumes(s3_env: S3Server, recipe: Path) 
     ):
         assert len(kept[name]) > 100, name
     assert any(name.startswith("quarantine/") for name in kept)
+    assert export(["--run", "s3://lake/runs/small", "--to", "s3://lake/runs/small/export"]) == 2
+    assert "it exists, and nothing is overwritten" in capsys.readouterr().err
+    assert export(["--run", "s3://lake/runs/small", "--to", "s3://lake/exported"]) == 0
 
 
 @pytest.mark.parametrize("override", ["run.storage=s3://lake/runs", "data.sources.0.uri=s3://lake/corpus/*.jsonl"])

@@ -53,25 +53,27 @@ def test_skips_in_a_row_go_back_and_then_stop():
     bad, state = StepResult(math.nan, 1.0, ("the loss is nan",) * 2, "skipped"), TrainState(step=40, history=falling())
     outcomes = []
     for _ in range(2 * GUARD.max_skips):
-        result, history = settled(GUARD, bad, state, lambda: 32)
+        result, history = settled(GUARD, bad, state, lambda before: 32 if before > 32 else 24)
         outcomes.append(result.outcome)
         state = replace(state, step=state.step + 1, history=history)
-    assert outcomes == ["skipped", "skipped", "skipped; weights back to those of step 32"] * 2
+        assert not history.sound
+    rows = [["skipped", "skipped", f"skipped; weights back to those of step {step}"] for step in (32, 24)]
+    assert outcomes == rows[0] + rows[1], "the second time it goes further back"
     with pytest.raises(TrainingError, match=r"gone back 2 times before.*headrace trace --step 48"):
         for _ in range(GUARD.max_skips):
-            _, history = settled(GUARD, bad, state, lambda: 32)
+            _, history = settled(GUARD, bad, state, lambda before: 32)
             state = replace(state, step=state.step + 1, history=history)
-    with pytest.raises(TrainingError, match="no checkpoint"):
-        settled(GuardSection(max_skips=1), bad, TrainState(), lambda: 0)
+    with pytest.raises(TrainingError, match="no sound checkpoint"):
+        settled(GuardSection(max_skips=1), bad, TrainState(), lambda before: 0)
 
 
 def test_an_overflow_of_fp16_teaches_nothing():
     state = TrainState(history=falling())
-    assert settled(GUARD, StepResult(5.0, math.inf), state, lambda: 0) == (StepResult(5.0, math.inf), state.history)
+    assert settled(GUARD, StepResult(5.0, math.inf), state, lambda before: 0) == (StepResult(5.0, math.inf), state.history)
 
 
 def test_an_update_ends_a_row_of_skips():
-    history = replace(falling(), skipped=2)
-    _, after = settled(GUARD, StepResult(5.0, 1.0), TrainState(history=history), lambda: 0)
-    assert after.skipped == 0 and after.steps == history.steps + 1
+    history = replace(falling(), skipped=2, back_to=16)
+    _, after = settled(GUARD, StepResult(5.0, 1.0), TrainState(history=history), lambda before: 0)
+    assert after.sound and after.steps == history.steps + 1
     assert TrainState.from_json(TrainState(history=after).to_json()).history == after
