@@ -31,3 +31,20 @@ def plan_workers(workers: int, tensor: int, cluster_gpus: float) -> WorkerPlan:
         fix = f"Nearest legal value: parallel.workers={legal}" if legal else f"Lower parallel.tensor={tensor} too"
         raise ClusterError(f"parallel.workers={workers} needs {workers} GPUs, and the cluster has {cluster_gpus:g}. {fix}.")
     return WorkerPlan(workers, 1.0, 1.0 if cluster_gpus else 0.0)
+
+
+def concurrent_trials(limit: int | None, cpus: float, workers: int, cluster_cpus: float, cluster_gpus: float) -> int:
+    """How many trials of so many CPUs and workers a cluster trains at once, at most `limit`: no trial's driver holds what another's workers
+    wait for.
+
+    Raises ClusterError where not one fits.
+    """
+    fit = int(cluster_cpus // cpus)
+    if cluster_gpus:
+        fit = min(fit, int(cluster_gpus // workers))
+    if not fit:
+        raise ClusterError(
+            f"a trial needs {cpus:g} logical CPUs and {workers} workers, and the cluster has {cluster_cpus:g} CPUs and {cluster_gpus:g} "
+            "GPUs. Add nodes, or lower parallel.workers or data.windows_ahead."
+        )
+    return min(fit, limit or fit)

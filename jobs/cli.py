@@ -11,6 +11,7 @@ from pathlib import Path
 
 JOBS = {
     "pretrain": "train a language model from raw text",
+    "sweep": "search the settings of a run that train best",
     "prepare": "write the embedded corpus and its tokenizer to disk",
     "train-tokenizer": "train a tokenizer on the corpus",
     "checkpoints": "list, verify, inspect and compare a run's checkpoints",

@@ -54,7 +54,7 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     An override replaces the whole value at its key: a section given as a map loses its other keys. Raises ConfigError:
     at once where the file cannot be read as a YAML mapping, else with every problem of file and overrides, one a line.
     """
-    return parse_run(_read(path), path, overrides)
+    return parse_run(read_text(path), path, overrides)
 
 
 def parse_run(text: str, name: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -130,7 +130,8 @@ def _where(path: KeyPath, lines: dict[KeyPath, int], set_here: list[KeyPath]) ->
     return f" (line {lines[path]})" if path in lines else ""
 
 
-def _read(path: str) -> str:
+def read_text(path: str) -> str:
+    """The text of a config file. Raises ConfigError where it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -140,6 +141,15 @@ def _read(path: str) -> str:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{path} cannot be read as a config file: {reason}") from None
+
+
+def read_mapping(text: str, name: str) -> dict[Any, Any]:
+    """The mapping that a YAML text holds, by the rules above. Raises ConfigError with everything that is wrong with it."""
+    problems: list[Problem] = []
+    value, _ = _mapping(text, name, problems)
+    if problems:
+        raise ConfigError("\n".join([f"{name}:", *(f"  {problem.text}" for problem in problems)]))
+    return value
 
 
 def _mapping(text: str, name: str, problems: list[Problem]) -> tuple[dict[Any, Any], dict[KeyPath, int]]:

@@ -17,7 +17,7 @@ from llm.observe.charts import loss_chart, throughput_chart
 from llm.observe.sinks import flat_params
 from llm.observe.summary import Summary, duration, phase_line, printable, summarize, summary_lines, without_redone
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light; }
 body { margin: 2rem auto; max-width: 62rem; padding: 0 1rem; background: #fff; color: #1f2933;
        font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
@@ -99,19 +99,19 @@ def _page(
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         # the browser itself refuses whatever is not in this file, also if text got through unescaped
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-        f"<title>{_text(title)}</title><style>{_STYLE}</style></head><body>",
+        f"<title>{_text(title)}</title><style>{STYLE}</style></head><body>",
         f"<h1>{_text(title)}</h1>",
         f'<p class="status {_text(summary.status)}">{_text(lines[0][1])}</p>',
         _section("Summary", _table(lines[1:])),
     ]
     if "loss" in pictures:
-        parts.append(_section("Loss", _picture(pictures["loss"], "loss over steps, with the evaluations")))
+        parts.append(_section("Loss", picture_tag(pictures["loss"], "loss over steps, with the evaluations")))
     if summary.sample is not None:
         text = f"<pre><b>{_text(summary.prompt or '')}</b>{_text(summary.sample)}</pre>"
         parts.append(_section("Generated text", text))
     if "throughput" in pictures:
         alt = "tokens per second and fraction of the step time spent waiting for data, over steps"
-        parts.append(_section("Throughput", _picture(pictures["throughput"], alt)))
+        parts.append(_section("Throughput", picture_tag(pictures["throughput"], alt)))
     if phases:
         parts.append(_section("Start-up", _table(phases)))
     if config:
@@ -139,7 +139,7 @@ def _table(lines: Sequence[tuple[str, str]]) -> str:
     return f"<table>\n{rows}\n</table>"
 
 
-def _picture(png: bytes, alt: str) -> str:
+def picture_tag(png: bytes, alt: str) -> str:
     return f'<img alt="{_text(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 

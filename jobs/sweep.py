@@ -1,0 +1,83 @@
+"""`python -m jobs.sweep --config FILE [--set a.b=c ...]`: which settings train best, and how sure that is."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+
+from cluster.connect import cluster_gpus, connected, is_private
+from cluster.workers import concurrent_trials, total_cpus
+from llm.observe.sweep_report import write_sweep_report
+from llm.observe.sweep_table import SweepTable
+from llm.search.searchers import searcher_of
+from llm.search.study import Study
+from llm.search.sweep_config import Sweep, load_sweep
+from llm.search.trials import best_of
+from llm.storage import join, write_bytes
+from llm.train.lease import held_lease
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0 when the sweep ended with a best trial, 1 where all failed, 130 after Ctrl-C, else the error's."""
+    parser = argparse.ArgumentParser(prog="headrace sweep", description="Search the settings of a run that train best.")
+    parser.add_argument("--config", required=True, metavar="FILE", help="the sweep, in YAML")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the run: train.steps=400")
+    options = parser.parse_args(argv)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    try:
+        return sweep(load_sweep(options.config, options.set))
+    except (KeyboardInterrupt, SystemExit):
+        print("interrupted: the same command goes on with the trials that had not ended", file=sys.stderr)
+        return 130
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return code
+
+
+def sweep(asked: Sweep) -> int:
+    """Searches until the budget is used up, then writes `report.html` and `best.yaml` beside the trials."""
+    with held_lease(asked.uri, asked.base.s3, asked.base.recovery.lease_s), SweepTable(asked.file.sweep.name) as table:
+        study = Study(asked, searcher_of(asked), (sys.executable, "-m", "jobs.pretrain", "--config"), table.show)
+        _search(study)
+        table.show(study)
+        report = write_sweep_report(study)
+    best = best_of(study.trials)
+    if best is None:
+        print(f"error: no trial of {asked.uri} came to an evaluation; their causes stand above", file=sys.stderr)
+        return 1
+    path = join(asked.uri, "best.yaml")
+    write_bytes(path, asked.best(study.configs[best.number]).encode(), asked.base.s3)
+    table.conclude(study, best, path, report)
+    return 0
+
+
+def _search(study: Study) -> None:
+    from llm.search.tuner import TRIAL_CPUS, search  # imports Ray when it is called
+
+    base, limit = study.sweep.base, study.sweep.file.budget.max_concurrent
+    workers = study.sweep.most_workers()
+    cpus = TRIAL_CPUS + total_cpus(workers, base.data.windows_ahead)
+    at_once = limit or max(1, (os.cpu_count() or 1) // workers)
+    with tempfile.TemporaryDirectory() as folder, connected(cpus * at_once):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _interrupt)  # Ray has put its own in their place
+        import ray
+
+        if not is_private():
+            at_once = concurrent_trials(limit, cpus, workers, ray.cluster_resources().get("CPU", 0.0), cluster_gpus())
+        search(study, at_once, folder)
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

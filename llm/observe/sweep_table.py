@@ -1,0 +1,81 @@
+"""A sweep on the terminal: one live table where stdout is a terminal, a line for every end of a trial where it is not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from llm.observe.summary import duration
+from llm.search.trials import FAILED, RUNNING, Trial, best_of
+
+if TYPE_CHECKING:
+    from llm.search.study import Study
+
+SHOWN = 30  # trials in the live table: the best and those that run
+
+
+class SweepTable:
+    def __init__(self, name: str, console: Console | None = None) -> None:
+        self._name, self._console = name, console or Console(highlight=False)
+        self._live = Live(console=self._console, refresh_per_second=2) if self._console.is_terminal else None
+        self._told: set[int] = set()
+
+    def __enter__(self) -> SweepTable:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, study: Study) -> None:
+        if self._live is not None:
+            self._live.update(_table(self._name, study, SHOWN))
+            return
+        for trial in study.trials.values():
+            if trial.status != RUNNING and trial.number not in self._told:
+                self._told.add(trial.number)
+                why = f": {trial.cause}" if trial.cause else f", loss {trial.loss:.4f} after {trial.tokens:,} tokens"
+                self._console.print(f"trial {trial.number:04d} {settings_line(trial.settings)}  {trial.status}{why}", soft_wrap=True)
+
+    def conclude(self, study: Study, best: Trial, path: str, report: str) -> None:
+        """The whole table, and what to do with it."""
+        if self._live is None:
+            self._console.print(_table(self._name, study, len(study.trials)))
+        spent = study.spent()
+        cost = f", ${spent.dollars:,.2f}" if spent.dollars else ""
+        told = f"{len(study.trials)} trials, {spent.tokens:,} tokens, {duration(spent.hours * 3600)} of training{cost}"
+        self._console.print(f"{told}{f'; ended by {study.cut}' if study.cut else ''}", soft_wrap=True)
+        self._console.print(f"best: trial {best.number:04d}, loss {best.loss:.4f}: {settings_line(best.settings)}", soft_wrap=True)
+        self._console.print(f"config  {path}   (headrace pretrain --config {path})\nreport  {report}", soft_wrap=True)
+
+
+def ranked(trials: Mapping[int, Trial]) -> list[Trial]:
+    """Best first: those that came furthest, by loss; then those that failed."""
+    return sorted(trials.values(), key=lambda t: (t.status == FAILED, -t.tokens, t.loss, t.number))
+
+
+def settings_line(settings: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in settings.items())
+
+
+def _table(name: str, study: Study, most: int) -> Table:
+    table = Table(title=f"sweep {name}", title_justify="left", box=None)
+    keys = list(study.sweep.space.domains)
+    for column in ("trial", *keys, "status", "tokens", "loss", "time"):
+        table.add_column(column, overflow="fold")
+    best = best_of(study.trials)
+    for trial in ranked(study.trials)[:most]:
+        loss = f"{trial.loss:.4f}" if math.isfinite(trial.loss) else "-"
+        values = [str(trial.settings.get(key, "")) for key in keys]
+        style = "bold" if best and trial.number == best.number else None
+        told = f"{trial.status}: {trial.cause}" if trial.cause else trial.status
+        table.add_row(f"{trial.number:04d}", *values, told, f"{trial.tokens:,}", loss, duration(trial.took_s), style=style)
+    return table

@@ -1,0 +1,162 @@
+"""What a sweep is: a file that names a run, the space around it, a searcher, a scheduler and a budget.
+
+    sweep:     {name: lr_and_width, seed: 0}
+    run:       run.yaml                    # beside this file; what every trial is but for the space
+    set:       {train.steps: 400}          # laid over it, as --set
+    space:     {train.lr: {loguniform: [1.0e-4, 1.0e-2]}, model.config.hidden_size: {choice: [64, 128]}}
+    search:    {searcher: random}
+    scheduler: {kind: asha, first_frac: 0.11, reduction: 3}
+    budget:    {trials: 8}
+
+The trials are runs in `<run.storage>/<sweep.name>/trials/`, which share the run's token cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from llm.config import RunConfig, Section
+from llm.config_file import dump_run, parse_run, read_mapping, read_text
+from llm.errors import ConfigError
+from llm.search.space import Space, parse_space
+from llm.storage import is_s3, join, local_path
+
+
+class SweepSection(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of the draws; a trial's own is run.seed")
+    repeats: int = Field(default=1, ge=1, le=100, description="trials of each setting, with run.seed, run.seed + 1, ...")
+
+
+class SearchSection(Section):
+    searcher: Literal["random", "grid", "optuna", "hyperopt", "bohb"] = Field(
+        default="random", description="optuna (TPE), hyperopt and bohb need their packages"
+    )
+
+
+class SchedulerSection(Section):
+    """Which trials end early. A trial is judged by its evaluations, against the others at as many tokens."""
+
+    kind: Literal["none", "asha", "median"] = "asha"
+    first_frac: float = Field(default=0.1, gt=0, le=1, description="of a trial's tokens, before which no trial is stopped")
+    reduction: float = Field(
+        default=3, gt=1, le=16, description="asha: a rung is so many times the tokens of the one before; 1 in so many goes on"
+    )
+
+
+class BudgetSection(Section):
+    """The sweep ends where the first of these is used up."""
+
+    trials: int = Field(default=16, ge=1, le=100_000, description="repeats not counted")
+    tokens: float | None = Field(default=None, gt=0, description="trained on, over all trials")
+    hours: float | None = Field(default=None, gt=0, description="of wall time, over all commands")
+    dollars: float | None = Field(default=None, gt=0, description="needs dollars_per_worker_hour")
+    dollars_per_worker_hour: float | None = Field(default=None, gt=0, description="what a worker's share of its node costs")
+    max_concurrent: int | None = Field(default=None, ge=1, description="trials at once; None: as many as the cluster holds")
+
+
+class SweepFile(Section):
+    sweep: SweepSection
+    run: str = Field(min_length=1)
+    set: dict[str, Any] = Field(default={})
+    space: dict[str, Any]
+    search: SearchSection = SearchSection()
+    scheduler: SchedulerSection = SchedulerSection()
+    budget: BudgetSection = BudgetSection()
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep file, checked, with the text of its run."""
+
+    file: SweepFile
+    space: Space
+    base: RunConfig
+    base_text: str
+
+    @property
+    def uri(self) -> str:
+        storage = self.base.run.storage
+        return join(storage if is_s3(storage) else local_path(storage), self.file.sweep.name)
+
+    def trial(self, number: int, settings: dict[str, Any]) -> RunConfig:
+        """The run of trial `number`. Raises ConfigError where these settings make none."""
+        config = parse_run(self.base_text, f"trial {number}", [f"{key}={yaml_value(value)}" for key, value in settings.items()])
+        config = _with(config, "run", name=f"{number:04d}", storage=join(self.uri, "trials"), if_finished="stop")
+        cache = self.base.data.cache.uri or join(self.base.run.storage, "cache", "tokens")
+        config = _with(config, "data", cache=config.data.cache.model_copy(update={"uri": cache if is_s3(cache) else local_path(cache)}))
+        if self.file.scheduler.kind != "none" and not config.eval.every_steps:
+            config = _with(config, "eval", every_steps=self.steps_between(config))
+        if not config.checkpoint.every_steps:  # a sweep that is cut goes on from its trials' last evaluations
+            config = _with(config, "checkpoint", every_steps=config.eval.every_steps)
+        return config
+
+    def steps_between(self, config: RunConfig) -> int:
+        """Steps from one evaluation to the next, so that each rung is one."""
+        return max(1, round(config.train.steps * self.file.scheduler.first_frac))
+
+    def most_workers(self) -> int:
+        """Workers of the largest trial that the space holds."""
+        domain = self.space.domains.get("parallel.workers")
+        return max([self.base.parallel.workers] if domain is None else [int(value) for value in domain.options()])
+
+    def best(self, config: RunConfig) -> str:
+        """A trial's configuration as a run of its own, in YAML."""
+        run = self.base.run.model_copy(update={"name": f"{self.file.sweep.name}-best", "seed": config.run.seed})
+        return dump_run(config.model_copy(update={"run": run}))
+
+
+def load_sweep(path: str, overrides: list[str]) -> Sweep:
+    """Raises ConfigError with what is wrong with the sweep, its run or a key of its space. `overrides`: of the run, as `set`."""
+    raw = read_mapping(read_text(path), path)
+    try:
+        file = SweepFile.model_validate(raw)
+    except ValidationError as error:
+        told = [f"  {'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+        raise ConfigError("\n".join([f"{path} is no sweep:", *told])) from None
+    if file.budget.dollars and not file.budget.dollars_per_worker_hour:
+        raise ConfigError(f"{path}: budget.dollars={file.budget.dollars} needs budget.dollars_per_worker_hour: what a worker costs.")
+    run_path = file.run if Path(file.run).is_absolute() else str(Path(path).parent / file.run)
+    settings = [f"{key}={yaml_value(value)}" for key, value in file.set.items()]
+    base = parse_run(read_text(run_path), run_path, [*settings, *overrides])
+    sweep = Sweep(file, parse_space(file.space), base, dump_run(base))
+    _require_keys(sweep)
+    if not base.eval.rows:
+        raise ConfigError(f"{run_path}: eval.rows=0, and trials are compared by their evaluation loss. Set eval.rows, for example to 64.")
+    return sweep
+
+
+def _require_keys(sweep: Sweep) -> None:
+    """A key that no run has, or none of whose values is legal, is refused before anything starts. Values that are legal only together with
+    others are the trials' to tell."""
+    problems = []
+    for key, domain in sweep.space.domains.items():
+        if key.startswith("run."):
+            problems.append(f"  space.{key}: it is the sweep's own. Use sweep.repeats for several seeds")
+            continue
+        errors = []
+        for value in domain.options():
+            try:
+                parse_run(sweep.base_text, "the run", [f"{key}={yaml_value(value)}"])
+                break
+            except ConfigError as error:
+                errors.append(str(error).splitlines()[-1].strip())
+        else:
+            problems.append(f"  space.{key}: {errors[0]}")
+    if problems:
+        raise ConfigError("\n".join(["the space cannot be searched:", *problems]))
+
+
+def yaml_value(value: Any) -> str:
+    """A value as --set takes it."""
+    import yaml
+
+    return yaml.safe_dump(value, default_flow_style=True, width=1 << 30).removesuffix("\n...\n").strip()
+
+
+def _with(config: RunConfig, section: str, **values: Any) -> RunConfig:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})

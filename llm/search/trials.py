@@ -1,0 +1,127 @@
+"""The trials of a sweep and what is known of each: settings, loss curve, how it ended. Kept in `<sweep>/sweep.jsonl`, so that the same
+command goes on where a sweep was cut.
+
+    {"kind": "sweep", "made_of": {...}}                                             what the sweep is; another one is refused
+    {"kind": "trial", "trial": 3, "settings": {"train.lr": 0.0031}, "repeat": 0}
+    {"kind": "end", "trial": 3, "status": "stopped", "cause": "", "took_s": 41.2}   no such row: it is to go on
+
+Losses are not in it: each trial's own metrics.jsonl has them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from llm.config import S3Section
+from llm.errors import ConfigError
+from llm.metrics import MetricsTail, rows_of
+from llm.storage import join, read_bytes_or_none, write_bytes
+
+FINISHED, STOPPED, FAILED, RUNNING = "finished", "stopped", "failed", "running"
+
+
+@dataclass(frozen=True)
+class Point:
+    """An evaluation: after `step` updates and `tokens` tokens, the loss in nats per token."""
+
+    step: int
+    tokens: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    number: int
+    settings: Mapping[str, Any]
+    repeat: int = 0
+    status: str = RUNNING
+    cause: str = ""  # of a failure
+    took_s: float = 0.0
+    curve: tuple[Point, ...] = field(default=())
+
+    @property
+    def loss(self) -> float:
+        """The last evaluation's; infinite before the first."""
+        return self.curve[-1].loss if self.curve else math.inf
+
+    @property
+    def tokens(self) -> int:
+        return self.curve[-1].tokens if self.curve else 0
+
+
+class Journal:
+    """The driver's: every change is durable when it returns."""
+
+    def __init__(self, sweep_uri: str, s3: S3Section, made_of: Mapping[str, Any]) -> None:
+        """Raises ConfigError where another sweep is kept there."""
+        self._uri, self._s3 = join(sweep_uri, "sweep.jsonl"), s3
+        data = read_bytes_or_none(self._uri, s3) or b""
+        self._lines = [line for line in data.decode().splitlines() if line]
+        self.trials: dict[int, Trial] = {}
+        try:
+            rows = [json.loads(line) for line in self._lines]
+            before = rows[0]["made_of"] if rows else made_of
+            for row in rows[1:]:
+                self._take(row)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{self._uri} is no sweep's record ({type(error).__name__}: {error}). Choose another sweep.name.") from None
+        _require_same(sweep_uri, before, json.loads(json.dumps(made_of)))
+        if not rows:
+            self._add({"kind": "sweep", "made_of": made_of})
+
+    def begin(self, number: int, settings: Mapping[str, Any], repeat: int) -> Trial:
+        self._add({"kind": "trial", "trial": number, "settings": dict(settings), "repeat": repeat})
+        return self.trials[number]
+
+    def end(self, number: int, status: str, cause: str = "", took_s: float = 0.0) -> None:
+        self._add({"kind": "end", "trial": number, "status": status, "cause": cause[:1000], "took_s": round(took_s, 1)})
+
+    def learn(self, number: int, points: list[Point], took_s: float) -> None:
+        """What a running trial has shown; its own metrics keep it."""
+        self.trials[number] = replace(self.trials[number], curve=tuple(points), took_s=took_s)
+
+    def _add(self, row: dict[str, Any]) -> None:
+        self._take(row)
+        self._lines.append(json.dumps(row))
+        write_bytes(self._uri, ("\n".join(self._lines) + "\n").encode(), self._s3)
+
+    def _take(self, row: Mapping[str, Any]) -> None:
+        if row["kind"] == "trial":
+            self.trials[row["trial"]] = Trial(row["trial"], row["settings"], row["repeat"])
+        elif row["kind"] == "end":
+            ended = {name: row[name] for name in ("status", "cause", "took_s")}
+            self.trials[row["trial"]] = replace(self.trials[row["trial"]], **ended)
+
+
+def curve_of(metrics: bytes, tokens_per_step: int) -> tuple[Point, ...]:
+    """The evaluations in a trial's metrics.jsonl, in order; of one that was done again after a restart, the last."""
+    found = {
+        row["step"]: Point(row["step"], row["step"] * tokens_per_step, row["eval_loss"])
+        for row in rows_of(MetricsTail(lambda offset: metrics[offset:]).poll(), "eval")
+        if row["step"]
+    }
+    return tuple(found[step] for step in sorted(found))
+
+
+def best_of(trials: Mapping[int, Trial]) -> Trial | None:
+    """Of those that came furthest, the one of the least loss; of several seeds of a setting, the best of the best mean."""
+    seen = [trial for trial in trials.values() if trial.curve and trial.status != FAILED and math.isfinite(trial.loss)]
+    finished = [trial for trial in seen if trial.status == FINISHED]
+    of_setting: dict[str, list[Trial]] = {}
+    for trial in finished or seen:
+        of_setting.setdefault(json.dumps(trial.settings, sort_keys=True), []).append(trial)
+    means = [(sum(t.loss for t in group) / len(group), min(group, key=lambda t: (t.loss, t.number))) for group in of_setting.values()]
+    return min(means, key=lambda pair: (pair[0], pair[1].number))[1] if means else None
+
+
+def _require_same(uri: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    changed = [f"  {key}: {before.get(key)} -> {now.get(key)}" for key in {**before, **now} if before.get(key) != now.get(key)]
+    if changed:
+        told = "\n".join(changed)
+        raise ConfigError(
+            f"the sweep in {uri} was started otherwise:\n{told}\n  Set the values back to go on with it, or choose another sweep.name."
+        )

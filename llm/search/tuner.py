@@ -1,0 +1,130 @@
+"""The sweep's search, run by Ray Tune: it begins trials, as many at once as fit, asks the scheduler about each evaluation and stops what it
+says.
+
+Tune's own restore is not used: it unpickles what it finds, and begins a cut trial's reports anew. Here a command that goes on gives Tune
+the recorded trials first: those that have ended tell their evaluations again, so that the scheduler knows them, and train nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from llm.search.study import Study, tokens_per_step
+from llm.search.trial import run_trial
+from llm.search.trials import FAILED, STOPPED
+
+METRIC, TIME = "eval_loss", "tokens"
+TRIAL_CPUS = 1  # of the process that waits for a trial's run
+RESTARTS = 3  # of a trial whose own process was lost, with its node for example: it goes on from its last checkpoint
+
+
+def search(study: Study, max_concurrent: int, folder: str) -> None:
+    """Runs trials until the study has no more. `folder` is for Tune's own files, local and temporary."""
+    os.environ |= {
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the command, and with it all
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial may fail before its first evaluation
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_AUTO_CALLBACK_SYNCER": "1",
+        "TUNE_MAX_PENDING_TRIALS_PG": str(max_concurrent),
+        "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",  # nobody reads Tune's own record
+    }
+    import ray
+    from ray import tune
+
+    address = ray.get_runtime_context().gcs_address
+
+    def train(config: dict[str, Any]) -> None:
+        run_trial(config["run"], tune.report, address)
+
+    tuner = tune.Tuner(
+        tune.with_resources(train, {"CPU": TRIAL_CPUS}),
+        tune_config=tune.TuneConfig(
+            search_alg=suggestions(study),
+            max_concurrent_trials=max_concurrent,
+            scheduler=_scheduler(study),
+            num_samples=-1,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=folder,
+            verbose=0,
+            callbacks=[told(study)],
+            stop=budget(study),
+            failure_config=tune.FailureConfig(max_failures=RESTARTS),
+        ),
+    )
+    tuner.fit()
+
+
+def _scheduler(study: Study) -> Any:
+    from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule
+
+    section, base = study.sweep.file.scheduler, study.sweep.base
+    most = base.train.steps * tokens_per_step(base)
+    first = max(1, round(section.first_frac * most))
+    if section.kind == "none":
+        return FIFOScheduler()
+    if section.kind == "median":
+        return MedianStoppingRule(TIME, METRIC, "min", grace_period=first, min_samples_required=3)
+    # Rungs below a trial's end only: there is nothing left to stop.
+    return AsyncHyperBandScheduler(
+        TIME,
+        METRIC,
+        "min",
+        max_t=most - 1,
+        grace_period=min(first, most - 1),
+        reduction_factor=section.reduction,
+        stop_last_trials=False,
+    )
+
+
+def suggestions(study: Study) -> Any:
+    """The study as Tune asks it. Made here, since Tune, whose classes it extends, is imported when a sweep begins and not before."""
+    from ray.tune.search import Searcher
+
+    class Suggestions(Searcher):
+        def suggest(self, trial_id: str) -> dict[str, Any] | str:  # pyright: ignore[reportIncompatibleMethodOverride]
+            run = study.next()
+            return {"run": run} if run is not None else Searcher.FINISHED
+
+        def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None: ...
+
+    return Suggestions(metric=METRIC, mode="min")
+
+
+def told(study: Study) -> Any:
+    """What tells the study of every evaluation and end."""
+    from ray.tune import Callback
+
+    class Told(Callback):
+        def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+            number = trial.config["run"].number
+            study.learn(number, result)
+            if "status" in result:
+                study.end(number, result["status"], result["cause"], result["took_s"])
+
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            number = trial.config["run"].number
+            study.end(number, STOPPED, "", study.trials[number].took_s)  # known already, unless the scheduler stopped it
+
+        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            number = trial.config["run"].number
+            why = str(trial.get_error() or "its process was lost").strip().splitlines()[-1]
+            study.end(number, FAILED, f"the trial's own process failed: {why[:300]}", study.trials[number].took_s)
+
+    return Told()
+
+
+def budget(study: Study) -> Any:
+    """What ends the search where the budget is used up."""
+    from ray.tune import Stopper
+
+    class Budget(Stopper):
+        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+            return False
+
+        def stop_all(self) -> bool:
+            return study.budget_used()
+
+    return Budget()
