@@ -10,6 +10,7 @@ import tempfile
 
 from cluster.connect import cluster_gpus, connected, is_private
 from cluster.workers import concurrent_trials, total_cpus
+from llm.observe.quiet import quiet_search
 from llm.observe.sweep_report import write_sweep_report
 from llm.observe.sweep_table import SweepTable
 from llm.search.searchers import searcher_of
@@ -18,6 +19,8 @@ from llm.search.sweep_config import Sweep, load_sweep
 from llm.search.trials import best_of
 from llm.storage import join, write_bytes
 from llm.train.lease import held_lease
+
+TRIAL_COMMAND = (sys.executable, "-m", "jobs.pretrain", "--config")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 def sweep(asked: Sweep) -> int:
     """Searches until the budget is used up, then writes `report.html` and `best.yaml` beside the trials."""
     with held_lease(asked.uri, asked.base.s3, asked.base.recovery.lease_s), SweepTable(asked.file.sweep.name) as table:
-        study = Study(asked, searcher_of(asked), (sys.executable, "-m", "jobs.pretrain", "--config"), table.show)
+        study = Study(asked, searcher_of(asked), TRIAL_COMMAND, table.show)
         _search(study)
         table.show(study)
         report = write_sweep_report(study)
@@ -65,7 +68,7 @@ def _search(study: Study) -> None:
     workers = study.sweep.most_workers()
     cpus = TRIAL_CPUS + total_cpus(workers, base.data.windows_ahead)
     at_once = limit or max(1, (os.cpu_count() or 1) // workers)
-    with tempfile.TemporaryDirectory() as folder, connected(cpus * at_once):
+    with tempfile.TemporaryDirectory() as folder, quiet_search(study.sweep.uri), connected(cpus * at_once):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _interrupt)  # Ray has put its own in their place
         import ray

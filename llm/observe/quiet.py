@@ -10,12 +10,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from llm.errors import StorageError
+from llm.storage import is_s3, local_path
 
 # Loggers that get, or are known to set up, console handlers of their own. Children propagate to them.
 NOISY_LOGGERS = (
@@ -128,6 +131,16 @@ def redirect_noise(log_file: Path | str) -> Quiet:
     Raises StorageError where the file cannot be written.
     """
     return Quiet(log_file, DRIVER_ENV)
+
+
+@contextmanager
+def quiet_search(sweep_uri: str) -> Iterator[None]:
+    """For a sweep's driver: like `redirect_noise`, and what Tune and Ray print by themselves, which names neither cause nor trial. The log
+    is `<sweep>/driver.log`, or for a sweep on S3 a temporary one."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch if is_s3(sweep_uri) else local_path(sweep_uri)) / "driver.log"
+        with redirect_noise(path), path.open("a") as log, redirect_stdout(log), redirect_stderr(log):
+            yield
 
 
 def quiet_worker(log_file: Path | str) -> Quiet:

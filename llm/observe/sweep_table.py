@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ SHOWN = 30  # trials in the live table: the best and those that run
 
 class SweepTable:
     def __init__(self, name: str, console: Console | None = None) -> None:
-        self._name, self._console = name, console or Console(highlight=False)
+        self._name, self._console = name, console or Console(file=sys.stdout, highlight=False)  # Tune's own words on stdout go to a log
         self._live = Live(console=self._console, refresh_per_second=2) if self._console.is_terminal else None
         self._told: set[int] = set()
 
