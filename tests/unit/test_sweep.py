@@ -1,0 +1,197 @@
+"""Sweep files, spaces, journals and what is read out of them, without Ray."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.errors import ClusterError
+from cluster.workers import concurrent_trials
+from llm.config import S3Section
+from llm.config_file import load_run
+from llm.errors import ConfigError
+from llm.search.importance import importance
+from llm.search.searchers import searcher_of
+from llm.search.space import parse_space
+from llm.search.study import Study
+from llm.search.sweep_config import load_sweep, yaml_value
+from llm.search.trial import cause_of
+from llm.search.trials import FAILED, FINISHED, STOPPED, Journal, Point, Trial, best_of, curve_of
+from tests.search.sweeps import write_sweep
+
+SPACE = {
+    "train.lr": {"loguniform": [1e-4, 1e-1]},
+    "train.min_lr_frac": {"uniform": [0, 0.5]},
+    "train.batch_rows": {"quantized": [8, 64, 8]},
+    "train.schedule": {"choice": ["wsd", "cosine"]},
+    "parallel.zero_stage": {"grid": [0, 1, 3]},
+}
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(0, 10_000))
+@settings(max_examples=200, deadline=None)
+def test_draws_lie_in_the_space_and_follow_from_seed_and_number(seed, number):
+    space = parse_space(SPACE)
+    drawn = space.draw(seed, number)
+    assert drawn == space.draw(seed, number) and list(drawn) == list(SPACE)
+    assert 1e-4 <= drawn["train.lr"] <= 1e-1 and 0 <= drawn["train.min_lr_frac"] <= 0.5
+    assert drawn["train.batch_rows"] in range(8, 65, 8) and drawn["train.schedule"] in ("wsd", "cosine")
+    assert drawn["parallel.zero_stage"] == (0, 1, 3)[number % 3]
+    for value in drawn.values():
+        assert yaml.safe_load(yaml_value(value)) == value or math.isclose(float(yaml_value(value)), value)
+
+
+def test_each_decade_of_a_loguniform_domain_is_as_likely():
+    drawn = [parse_space(SPACE).draw(0, number)["train.lr"] for number in range(3000)]
+    for low in (1e-4, 1e-3, 1e-2):
+        assert 900 < sum(low <= lr < 10 * low for lr in drawn) < 1100
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"logunifrom": [1, 2]}, "Nearest: loguniform"),
+        ({"loguniform": [0, 1]}, "must be above 0"),
+        ({"uniform": [2, 1]}, "must be below"),
+        ({"uniform": [1]}, "low and high"),
+        ({"uniform": ["a", 2]}, "as numbers"),
+        ({"quantized": [1, 10, 4]}, "whole steps"),
+        ({"quantized": [1, 10, 0]}, "whole steps"),
+        ({"choice": []}, "a list of values"),
+        ({"choice": 3}, "a list of values"),
+        ([1, 2], "write one of"),
+        ({"choice": [1], "grid": [2]}, "write one of"),
+    ],
+)
+def test_a_domain_that_is_none_is_refused_by_its_key(told, words):
+    with pytest.raises(ConfigError, match=r"space\.train\.lr") as caught:
+        parse_space({"train.lr": told})
+    assert words in str(caught.value)
+
+
+def test_all_bad_domains_are_told_at_once():
+    with pytest.raises(ConfigError, match=r"(?s)space\.a: .*space\.b: "):
+        parse_space({"a": 1, "b": {"uniform": [1]}})
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"space": {"train.lrr": {"choice": [1e-3]}}}, "train.lr"),
+        ({"space": {"trian.lr": {"choice": [1e-3]}}}, "train"),
+        ({"space": {"train.lr": {"choice": [-1, "x"]}}}, "train.lr"),
+        ({"space": {"run.seed": {"choice": [1, 2]}}}, "sweep.repeats"),
+        ({"budget": {"dollars": 3.0}}, "dollars_per_worker_hour"),
+        ({"budget": {"trails": 3}}, "budget.trails"),
+        ({"set": {"eval.rows": 0}}, "eval.rows=0"),
+        ({"run": "nowhere.yaml"}, "nowhere.yaml"),
+        ({"search": {"searcher": "grid"}}, "a grid search needs values that can be counted"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused_before_anything_starts(tmp_path, sections, words):
+    path = write_sweep(tmp_path, **sections)
+    with pytest.raises(ConfigError) as caught:
+        searcher_of(load_sweep(str(path), []))
+    assert words in str(caught.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_trial_is_the_run_with_its_settings_in_the_sweeps_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write_sweep(tmp_path, space={"train.lr": {"choice": [0.5]}, "model.config.hidden_size": {"choice": [64]}})
+    sweep = load_sweep(str(path), ["train.steps=100"])
+    trial = sweep.trial(7, {"train.lr": 0.5, "model.config.hidden_size": 64})
+    assert trial.train.lr == 0.5 and trial.model.config["hidden_size"] == 64 and trial.train.steps == 100
+    assert (trial.run.name, trial.run.storage) == ("0007", f"{tmp_path}/runs/search/trials")
+    assert trial.data.cache.uri == f"{tmp_path}/runs/cache/tokens" == sweep.trial(8, {}).data.cache.uri
+    assert trial.eval.every_steps == 12
+    best = tmp_path / "best.yaml"
+    best.write_text(sweep.best(trial))
+    again = load_run(str(best))
+    assert again.train == trial.train and again.model == trial.model and again.data.sources == trial.data.sources
+    assert again.run.name == "search-best" and again.run.storage == "runs"
+
+
+def journal(folder: Path, **made_of) -> Journal:
+    return Journal(str(folder), S3Section(), made_of)
+
+
+def test_a_journal_reads_back_and_refuses_another_sweep(tmp_path):
+    first = journal(tmp_path, space={"train.lr": 1})
+    first.begin(0, {"train.lr": 0.1}, 0)
+    first.begin(1, {"train.lr": 0.2}, 1)
+    first.end(0, FAILED, "it was\nbad", 1.23)
+    again = journal(tmp_path, space={"train.lr": 1})
+    assert again.trials == first.trials and again.trials[0].cause == "it was\nbad" and again.trials[1].status == "running"
+    with pytest.raises(ConfigError, match=r"was started otherwise:\n  space: "):
+        journal(tmp_path, space={"train.lr": 2})
+    (tmp_path / "sweep.jsonl").write_text("{}\n")
+    with pytest.raises(ConfigError, match="no sweep's record"):
+        journal(tmp_path, space={"train.lr": 1})
+
+
+def test_a_curve_takes_the_last_of_what_was_done_again():
+    rows = [(0, 9.0), (3, 5.0), (6, 4.0), (6, 3.9), (9, 3.0)]
+    data = b"".join(json.dumps({"kind": "eval", "step": step, "eval_loss": loss}).encode() + b"\n" for step, loss in rows)
+    assert curve_of(data, 10) == (Point(3, 30, 5.0), Point(6, 60, 3.9), Point(9, 90, 3.0))
+
+
+def trial(number: int, loss: float, status: str = FINISHED, **settings) -> Trial:
+    return Trial(number, settings or {"lr": number}, status=status, curve=(Point(1, 10, loss),))
+
+
+def test_the_best_is_the_best_mean_of_those_that_finished():
+    assert best_of({}) is None
+    assert best_of({0: trial(0, 1.0, FAILED)}) is None
+    found = best_of({0: trial(0, 2.0), 1: trial(1, 1.0, STOPPED), 2: trial(2, 3.0)})
+    assert found is not None and found.number == 0
+    seeds = [trial(0, 1.0, lr=1), trial(1, 4.0, lr=1), trial(2, 2.0, lr=2), trial(3, 2.2, lr=2)]
+    found = best_of({each.number: each for each in seeds})
+    assert found is not None and found.number == 2, "one lucky seed is not the best setting"
+
+
+def test_importance_finds_the_key_that_matters():
+    chance = random.Random(0)
+    trials = []
+    for number in range(60):
+        lr, width = chance.uniform(-4, -1), chance.choice([32, 64])
+        trials.append(trial(number, (lr + 2) ** 2 + 0.05 * chance.gauss(0, 1), lr=lr, width=width, noise=chance.random()))
+    shares = importance(trials, ["lr", "width", "noise"])
+    assert shares["lr"] > 0.7 and shares["width"] < 0.1 and shares["noise"] < 0.1
+    assert importance(trials[:3], ["lr"]) == {}
+
+
+def test_repeats_are_trials_of_other_seeds_and_a_bad_setting_fails_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    grid = {"train.batch_rows": {"grid": [8, 9, 16]}, "parallel.workers": {"grid": [2]}}
+    sweep = load_sweep(str(write_sweep(tmp_path, space=grid, search={"searcher": "grid"}, sweep={"name": "s", "repeats": 2})), [])
+    study = Study(sweep, searcher_of(sweep), ("true",), lambda study: None)
+    runs = []
+    while (run := study.next()) is not None:
+        runs.append(run)
+    assert [run.number for run in runs] == [0, 1, 4, 5]
+    assert [study.trials[n].status for n in range(6)] == ["running", "running", FAILED, FAILED, "running", "running"]
+    assert "train.batch_rows=9" in study.trials[2].cause
+    assert [study.configs[n].run.seed for n in (0, 1, 4, 5)] == [0, 1, 0, 1]
+    again = Study(sweep, searcher_of(sweep), ("true",), lambda study: None)
+    assert [run.number for run in iter(again.next, None)] == [0, 1, 4, 5] and again.trials == study.trials
+
+
+def test_what_a_process_died_of():
+    assert cause_of(1, "noise\nerror: the loss is nan; lower\n  train.lr\n") == "the loss is nan; lower train.lr"
+    assert cause_of(-9, "step 3\n") == "its process ended by signal SIGKILL: step 3"
+    assert cause_of(3, "") == "its process ended by exit code 3"
+
+
+def test_trials_at_once_follow_from_the_cluster():
+    assert concurrent_trials(None, 4, 2, 17, 0) == 4 and concurrent_trials(3, 4, 2, 17, 0) == 3
+    assert concurrent_trials(None, 4, 2, 100, 8) == 4, "the GPUs are fewer"
+    with pytest.raises(ClusterError, match=r"a trial needs 4 logical CPUs.*the cluster has 3 CPUs"):
+        concurrent_trials(None, 4, 2, 3, 0)
