@@ -3,15 +3,15 @@ Optuna (TPE) and HyperOpt, which learn from what has ended."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from llm.errors import ConfigError
-from llm.search.space import Domain, Space
+from llm.search.space import Domain, Space, rounded
 from llm.search.study import Searcher
 from llm.search.sweep_config import Sweep
-
-PACKAGES = {"optuna": "optuna", "hyperopt": "hyperopt"}
 
 
 def searcher_of(sweep: Sweep) -> Searcher:
@@ -45,34 +45,58 @@ class _Grid:
 
 
 class _Learning:
-    """A searcher of Tune's, told the losses as they come. Its random state begins anew with each command."""
+    """A searcher of Tune's, told the losses as they come. What earlier commands found is given to it as its own first proposals; after
+    those it draws from another random state than the first command did, which would propose the same again."""
 
     def __init__(self, name: str, space: Space, seed: int) -> None:
-        domains = {key: _tune_domain(domain) for key, domain in space.domains.items()}
-        try:
-            self._inner = _tunes(name, domains, seed)
-        except (ImportError, AssertionError) as error:
-            raise ConfigError(
-                f"search.searcher={name} needs a package that is not installed ({error}): pip install {PACKAGES[name]}"
-            ) from None
-        self._number = 0
+        _require_installed(name)
+        self._domains = {key: _tune_domain(domain) for key, domain in space.domains.items()}
+        self._name, self._seed, self._inner = name, seed, None
+        self._earlier: list[tuple[dict[str, Any], float]] = []
+        self._open: dict[str, str] = {}  # settings -> the id under which they were proposed
 
     def propose(self, number: int) -> dict[str, Any] | None:
+        self._inner = self._inner or self._begun()
         found = self._inner.suggest(f"proposal-{number}")
-        return dict(found) if isinstance(found, Mapping) else None
+        if not found:
+            return None
+        settings = {key: rounded(value) if isinstance(value, float) else value for key, value in found.items()}
+        self._open[_text(settings)] = f"proposal-{number}"
+        return settings
 
     def tell(self, settings: Mapping[str, Any], loss: float) -> None:
-        self._inner.add_evaluated_point(dict(settings), loss)
+        if self._inner is None:
+            self._earlier.append((dict(settings), loss))
+        elif name := self._open.pop(_text(settings), None):  # once, where a setting has several seeds
+            self._inner.on_trial_complete(name, {"eval_loss": loss})
+
+    def _begun(self) -> Any:
+        points = [settings for settings, _ in self._earlier]
+        inner = _tunes(self._name, self._domains, (self._seed + len(points)) % 2**32, points)
+        for i, (_, loss) in enumerate(self._earlier):
+            inner.suggest(f"earlier-{i}")
+            inner.on_trial_complete(f"earlier-{i}", {"eval_loss": loss})
+        return inner
 
 
-def _tunes(name: str, domains: dict[str, Any], seed: int) -> Any:
+def _require_installed(name: str) -> None:
+    if importlib.util.find_spec(name) is None:
+        raise ConfigError(f"search.searcher={name} needs a package that is not installed: pip install {name}")
+
+
+def _tunes(name: str, domains: dict[str, Any], seed: int, points: list[dict[str, Any]]) -> Any:
+    given: dict[str, Any] = {"space": domains, "metric": "eval_loss", "mode": "min", "points_to_evaluate": points or None}
     if name == "optuna":
         from ray.tune.search.optuna import OptunaSearch
 
-        return OptunaSearch(space=domains, metric="eval_loss", mode="min", seed=seed % 2**32)
+        return OptunaSearch(**given, seed=seed)
     from ray.tune.search.hyperopt import HyperOptSearch
 
-    return HyperOptSearch(space=domains, metric="eval_loss", mode="min", random_state_seed=seed % 2**32)
+    return HyperOptSearch(**given, random_state_seed=seed)
+
+
+def _text(settings: Mapping[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True, default=str)
 
 
 def _tune_domain(domain: Domain) -> Any:

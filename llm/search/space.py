@@ -34,10 +34,10 @@ class Domain:
 
     def draw(self, chance: random.Random) -> Any:
         if self.kind == "uniform":
-            return _rounded(chance.uniform(*self.values))
+            return rounded(chance.uniform(*self.values))
         if self.kind == "loguniform":
             low, high = self.values
-            return _rounded(math.exp(chance.uniform(math.log(low), math.log(high))))
+            return rounded(math.exp(chance.uniform(math.log(low), math.log(high))))
         return chance.choice(self.options())
 
     def options(self) -> list[Any]:
@@ -45,7 +45,7 @@ class Domain:
         if self.kind != "quantized":
             return list(self.values)
         low, high, step = self.values
-        return [_rounded(low + i * step) for i in range(round((high - low) / step) + 1)]
+        return [rounded(low + i * step) for i in range(round((high - low) / step) + 1)]
 
 
 @dataclass(frozen=True)
@@ -117,5 +117,6 @@ def _domain(told: Any) -> Domain:
     return Domain(kind, tuple(values))
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
+    """A drawn number as it is written down and trained with."""
     return value if isinstance(value, int) else float(f"{value:.{DIGITS - 1}e}")

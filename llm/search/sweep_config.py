@@ -33,8 +33,8 @@ class SweepSection(Section):
 
 
 class SearchSection(Section):
-    searcher: Literal["random", "grid", "optuna", "hyperopt", "bohb"] = Field(
-        default="random", description="optuna (TPE), hyperopt and bohb need their packages"
+    searcher: Literal["random", "grid", "optuna", "hyperopt"] = Field(
+        default="random", description="optuna (TPE) and hyperopt need their packages"
     )
 
 

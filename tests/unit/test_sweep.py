@@ -184,6 +184,43 @@ def test_repeats_are_trials_of_other_seeds_and_a_bad_setting_fails_alone(tmp_pat
     assert [run.number for run in iter(again.next, None)] == [0, 1, 4, 5] and again.trials == study.trials
 
 
+@pytest.mark.parametrize("name", ["optuna", "hyperopt"])
+def test_searchers_that_learn_do_better_than_chance_also_in_a_second_command(tmp_path, name):
+    pytest.importorskip(name)
+    space = {
+        "train.lr": {"loguniform": [1e-6, 1.0]},
+        "train.batch_rows": {"quantized": [8, 64, 8]},
+        "train.schedule": {"choice": ["wsd", "cosine"]},
+    }
+    sweep = load_sweep(str(write_sweep(tmp_path, space=space, search={"searcher": name})), [])
+    first = searcher_of(sweep)
+    seen = []
+
+    def ask(searcher, number):
+        told = searcher.propose(number)
+        loss = abs(math.log10(told["train.lr"]) + 2) + (told["train.schedule"] == "wsd")
+        searcher.tell(told, loss)
+        seen.append((told, loss))
+
+    for number in range(25):
+        ask(first, number)
+    second = searcher_of(sweep)
+    for told, loss in list(seen):
+        second.tell(told, loss)
+    for number in range(25, 45):
+        ask(second, number)
+    assert len({json.dumps(told) for told, _ in seen}) > 40, "nothing is proposed anew"
+    losses = [loss for _, loss in seen]
+    assert sum(losses[25:]) / 20 < 0.75 * sum(losses[:10]) / 10
+
+
+def test_a_searcher_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    sweep = load_sweep(str(write_sweep(tmp_path, search={"searcher": "optuna"})), [])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install optuna"):
+        searcher_of(sweep)
+
+
 def test_what_a_process_died_of():
     assert cause_of(1, "noise\nerror: the loss is nan; lower\n  train.lr\n") == "the loss is nan; lower train.lr"
     assert cause_of(-9, "step 3\n") == "its process ended by signal SIGKILL: step 3"
