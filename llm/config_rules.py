@@ -110,16 +110,24 @@ def _batch_problems(config: RunConfig) -> list[tuple[str, str]]:
     if rows < 1:
         return [("train.microbatch_rows", f"train.microbatch_rows={rows} must be at least 1, or auto")]
     unit = data_size * rows
-    if train.batch_rows % unit == 0:
-        return []
     hint = "" if rows == 1 else ". Or set train.microbatch_rows=auto"
-    return [
+    stages = [(f"train.batch_schedule.{number}.rows", stage.rows) for number, stage in enumerate(train.batch_schedule)]
+    found = [
         (
-            "train.batch_rows",
-            f"train.batch_rows={train.batch_rows} cannot be split over {data_size} data ranks x {rows} rows per microbatch "
-            f"(={unit}). Nearest legal values: {_nearest_multiples(train.batch_rows, unit)}{hint}",
+            key,
+            f"{key}={batch_rows} cannot be split over {data_size} data ranks x {rows} rows per microbatch "
+            f"(={unit}). Nearest legal values: {_nearest_multiples(batch_rows, unit)}{hint}",
         )
+        for key, batch_rows in [("train.batch_rows", train.batch_rows), *stages]
+        if batch_rows % unit
     ]
+    before = 0
+    for number, stage in enumerate(train.batch_schedule):
+        if stage.from_step <= before:
+            rule = f"from_step={stage.from_step} must be above {before}, where the stage before it begins"
+            found.append((f"train.batch_schedule.{number}", rule))
+        before = max(before, stage.from_step)
+    return found
 
 
 def _nearest_multiples(value: int, unit: int) -> str:

@@ -179,6 +179,19 @@ def test_anchors_and_merge_keys_work(load) -> None:
             "train.batch_rows=31",
             "train.batch_rows=31 cannot be split over 2 data ranks x 1 rows per microbatch (=2). Nearest legal values: 30, 32, 34",
         ),
+        (
+            "train.batch_schedule=[{from_step: 9, rows: 64}, {from_step: 20, rows: 129}]",
+            "train.batch_schedule.1.rows=129 cannot be split over 2 data ranks x 1 rows per microbatch (=2). "
+            "Nearest legal values: 128, 130, 132",
+        ),
+        (
+            "train.batch_schedule=[{from_step: 9, rows: 64}, {from_step: 9, rows: 128}]",
+            "train.batch_schedule.1: from_step=9 must be above 9, where the stage before it begins",
+        ),
+        (
+            "train.batch_schedule=[{from_step: 0, rows: 64}]",
+            "train.batch_schedule.0.from_step=0 must be a whole number of at least 1. Nearest legal value: 1",
+        ),
     ],
 )
 def test_one_bad_override_is_one_line(problems, override: str, line: str) -> None:
