@@ -11,7 +11,7 @@ from itertools import pairwise
 from math import gcd
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 BUILTIN = "builtin"  # the uri of the embedded corpus, and the path of the tokenizer trained on it
 
@@ -114,15 +114,24 @@ class BatchStage(Section):
 
 
 class TrainSection(Section):
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, description="optimizer updates; or give train.tokens, which they follow from")
+    tokens: int | None = Field(
+        default=None, ge=1, description="in place of steps: as few steps as see at least these, rows x data.seq_len; padding counts"
+    )
     batch_rows: int = Field(ge=1, description="sequences a step, over all data ranks; with batch_schedule: until its first stage")
     batch_schedule: list[BatchStage] = Field(default=[], description="other batch sizes from later steps on; the order stays as it is")
     microbatch_rows: int | Literal["auto"] = Field(default="auto", description="sequences a forward pass on one data rank")
     optimizer: Literal["adamw", "sgd", "muon"] = "adamw"
     lr: float = Field(gt=0)
+    lr_batch_rule: Literal["none", "sqrt", "linear"] = Field(
+        default="none",
+        description="how the learning rate follows a batch of other than lr_batch_rows: by the root of their ratio, by the ratio",
+    )
+    lr_batch_rows: int | None = Field(default=None, ge=1, description="sequences a step at which `lr` holds; needed by lr_batch_rule")
     min_lr_frac: float = Field(default=0.1, ge=0, le=1, description="the last step's learning rate, as a fraction of lr")
     schedule: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
     warmup_steps: int = Field(default=0, ge=0)
+    warmup_frac: float = Field(default=0, ge=0, lt=1, description="in place of warmup_steps: as a fraction of the steps")
     decay_frac: float = Field(default=0.2, gt=0, le=1, description="wsd: the fraction of the steps in which the rate decays")
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
@@ -143,6 +152,10 @@ class TrainSection(Section):
         """Sequences that are dealt to the data ranks at once: as many as divide every batch."""
         return gcd(*self.batch_sizes)
 
+    @property
+    def num_warmup_steps(self) -> int:
+        return self.warmup_steps or int(self.warmup_frac * self.steps)
+
     def rows_at(self, step: int) -> int:
         """Sequences of the step that begins when `step` are done, 0 for the first."""
         return self.batch_sizes[bisect_right([stage.from_step for stage in self.batch_schedule], step)]
@@ -154,6 +167,17 @@ class TrainSection(Section):
         """
         edges = [0, *(min(stage.from_step, step) for stage in self.batch_schedule), step]
         return sum((stop - start) * rows for (start, stop), rows in zip(pairwise(edges), self.batch_sizes, strict=True))
+
+    def steps_for(self, tokens: int, seq_len: int) -> int:
+        """The fewest steps whose sequences hold at least so many tokens, seq_len each.
+
+        Example: batch_rows=8, batch_schedule=[{from_step: 50, rows: 16}], seq_len=100: 48,001 tokens are 481 rows, 50 * 8 = 400 of which
+        make 50 steps and 81 more 6 of 16: 56 steps.
+        """
+        rows = -(-tokens // seq_len)
+        edges = [0, *(stage.from_step for stage in self.batch_schedule)]
+        stage = max(i for i, edge in enumerate(edges) if i == 0 or self.rows_before(edge) < rows)
+        return edges[stage] + -(-(rows - self.rows_before(edges[stage])) // self.batch_sizes[stage])
 
 
 class GuardSection(Section):
@@ -222,6 +246,20 @@ class RunConfig(Section):
     export: ExportSection = ExportSection()
     log: LogSection = LogSection()
     s3: S3Section = S3Section()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_of_tokens(cls, raw: Any) -> Any:
+        """Puts train.steps beside train.tokens where it is not given, so that everything that reads or prints the run finds it."""
+        train = raw.get("train") if isinstance(raw, dict) else None
+        if not isinstance(train, dict) or train.get("tokens") is None or train.get("steps") is not None:
+            return raw
+        try:
+            section = TrainSection.model_validate({**train, "steps": 1})
+            steps = section.steps_for(section.tokens or 1, DataSection.model_validate(raw.get("data")).seq_len)
+        except ValidationError:  # which the caller will meet too, and tell
+            steps = 1
+        return {**raw, "train": {**train, "steps": steps}}
 
     @property
     def rank_unit_rows(self) -> int:

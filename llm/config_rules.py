@@ -31,6 +31,7 @@ def cross_checks(config: RunConfig) -> list[tuple[str, str]]:
         found.append(("model.preset", "give exactly one of model.preset and model.path"))
     if model.init == "pretrained" and model.path is None:
         found.append(("model.init", "model.init=pretrained needs model.path, a folder with weights. Or set model.init=random"))
+    found += _budget_problems(config)
     if train.warmup_steps >= train.steps and train.warmup_steps:
         found.append(
             (
@@ -101,6 +102,27 @@ def _source_problems(config: RunConfig) -> list[tuple[str, str]]:
         if not all(weight >= 0 for weight in stage.weights.values()) or not sum(stage.weights.values()) > 0:
             found.append((key, f"weights={stage.weights}: each must be at least 0, and one above 0"))
         before = stage.from_step
+    return found
+
+
+def _budget_problems(config: RunConfig) -> list[tuple[str, str]]:
+    """What contradicts itself in how long a run is, and in what its learning rate follows."""
+    found: list[tuple[str, str]] = []
+    train = config.train
+    if train.tokens is not None and train.steps != (steps := train.steps_for(train.tokens, config.data.seq_len)):
+        text = (
+            f"train.steps={train.steps} and train.tokens={train.tokens} do not agree: so many tokens are {steps} steps of these batches. "
+        )
+        found.append(("train.tokens", text + "Give one of the two, or set train.steps=null"))
+    if train.warmup_steps and train.warmup_frac:
+        text = f"train.warmup_steps={train.warmup_steps} and train.warmup_frac={train.warmup_frac:g} say the same thing twice: "
+        found.append(("train.warmup_frac", text + "give one of them"))
+    if train.lr_batch_rule != "none" and train.lr_batch_rows is None:
+        text = f"train.lr_batch_rule={train.lr_batch_rule} needs train.lr_batch_rows, the batch at which train.lr={train.lr:g} holds. "
+        found.append(("train.lr_batch_rule", text + f"A legal value: train.batch_rows={train.batch_rows}. Or set train.lr_batch_rule=none"))
+    if train.lr_batch_rule == "none" and train.lr_batch_rows is not None:
+        text = f"train.lr_batch_rows={train.lr_batch_rows} does nothing with train.lr_batch_rule=none. Set it to sqrt or linear, or leave "
+        found.append(("train.lr_batch_rows", text + "train.lr_batch_rows out"))
     return found
 
 

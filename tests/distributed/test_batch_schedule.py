@@ -5,6 +5,7 @@ that is cut in mid-schedule goes on with another data size as if nothing had bee
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,6 +76,24 @@ def test_a_resume_in_mid_schedule_with_another_data_size_equals_the_undisturbed_
     assert [row["ledger"] for row in resumed] == [row["ledger"] for row in expected]
     assert [row["tokens"] for row in resumed] == [row["tokens"] for row in expected]
     assert [row["loss"] for row in resumed] == pytest.approx([row["loss"] for row in expected], abs=TOLERANCE)
+
+
+def test_the_learning_rate_that_is_used_and_recorded_follows_each_batch(tmp_path):
+    """SGD, whose update is linear in the rate: by the linear rule as with the rate that it comes to."""
+    train: dict[str, Any] = {"batch_rows": 16, "optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0}
+    runs: dict[str, dict[str, Any]] = {"ruled": {"lr": 0.1, "lr_batch_rule": "linear", "lr_batch_rows": 8}, "plain": {"lr": 0.2}}
+    for name, rates in runs.items():
+        run_ranks(train_run, 2, layout_config((1, 1, 2), STEPS, **train, **rates), str(tmp_path / name), MODEL)
+    ruled, plain = (
+        [(row["loss"], row["lr"]) for row in rows_of(read_rows(tmp_path / name / "metrics.jsonl"), "step")] for name in ("ruled", "plain")
+    )
+    assert ruled == plain
+    scheduled = layout_config(
+        (1, 1, 1), STEPS, batch_rows=8, batch_schedule=SCHEDULE, lr=0.1, lr_batch_rule="sqrt", lr_batch_rows=8, warmup_steps=0
+    )
+    run_ranks(train_run, 1, scheduled, str(tmp_path / "scheduled"), MODEL)
+    rows = rows_of(read_rows(tmp_path / "scheduled" / "metrics.jsonl"), "step")
+    assert [row["lr"] for row in rows] == pytest.approx([0.1 * (n / 8) ** 0.5 for n in ROWS])
 
 
 def test_the_same_layout_ends_bit_for_bit_as_the_undisturbed_run(tmp_path):
