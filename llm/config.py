@@ -6,9 +6,12 @@ Numbers that follow from others are properties, so they can never disagree with 
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from itertools import pairwise
+from math import gcd
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 BUILTIN = "builtin"  # the uri of the embedded corpus, and the path of the tokenizer trained on it
 
@@ -105,15 +108,30 @@ class ParallelSection(Section):
         return _exact_div(self.workers, self.tensor)
 
 
+class BatchStage(Section):
+    from_step: int = Field(ge=1, description="steps done when the first of these batches begins, as in data.schedule")
+    rows: int = Field(ge=1, description="sequences a step from then on, over all data ranks")
+
+
 class TrainSection(Section):
-    steps: int = Field(ge=1)
-    batch_rows: int = Field(ge=1, description="sequences a step, over all data ranks")
+    steps: int = Field(ge=1, description="optimizer updates; or give train.tokens, which they follow from")
+    tokens: int | None = Field(
+        default=None, ge=1, description="in place of steps: as few steps as see at least these, rows x data.seq_len; padding counts"
+    )
+    batch_rows: int = Field(ge=1, description="sequences a step, over all data ranks; with batch_schedule: until its first stage")
+    batch_schedule: list[BatchStage] = Field(default=[], description="other batch sizes from later steps on; the order stays as it is")
     microbatch_rows: int | Literal["auto"] = Field(default="auto", description="sequences a forward pass on one data rank")
     optimizer: Literal["adamw", "sgd", "muon"] = "adamw"
     lr: float = Field(gt=0)
+    lr_batch_rule: Literal["none", "sqrt", "linear"] = Field(
+        default="none",
+        description="how the learning rate follows a batch of other than lr_batch_rows: by the root of their ratio, by the ratio",
+    )
+    lr_batch_rows: int | None = Field(default=None, ge=1, description="sequences a step at which `lr` holds; needed by lr_batch_rule")
     min_lr_frac: float = Field(default=0.1, ge=0, le=1, description="the last step's learning rate, as a fraction of lr")
     schedule: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
     warmup_steps: int = Field(default=0, ge=0)
+    warmup_frac: float = Field(default=0, ge=0, lt=1, description="in place of warmup_steps: as a fraction of the steps")
     decay_frac: float = Field(default=0.2, gt=0, le=1, description="wsd: the fraction of the steps in which the rate decays")
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
@@ -123,6 +141,43 @@ class TrainSection(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     activation_checkpointing: bool = False
     compile: bool = Field(default=False, description="torch.compile; needs a GPU")
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Sequences a step: of the first steps, then of each stage of the schedule."""
+        return self.batch_rows, *(stage.rows for stage in self.batch_schedule)
+
+    @property
+    def unit_rows(self) -> int:
+        """Sequences that are dealt to the data ranks at once: as many as divide every batch."""
+        return gcd(*self.batch_sizes)
+
+    @property
+    def num_warmup_steps(self) -> int:
+        return self.warmup_steps or int(self.warmup_frac * self.steps)
+
+    def rows_at(self, step: int) -> int:
+        """Sequences of the step that begins when `step` are done, 0 for the first."""
+        return self.batch_sizes[bisect_right([stage.from_step for stage in self.batch_schedule], step)]
+
+    def rows_before(self, step: int) -> int:
+        """Sequences of all steps before it: where in the global order it begins.
+
+        Example: batch_rows=8, batch_schedule=[{from_step: 50, rows: 16}]: step 60 begins with sequence 50 * 8 + 10 * 16 = 560.
+        """
+        edges = [0, *(min(stage.from_step, step) for stage in self.batch_schedule), step]
+        return sum((stop - start) * rows for (start, stop), rows in zip(pairwise(edges), self.batch_sizes, strict=True))
+
+    def steps_for(self, tokens: int, seq_len: int) -> int:
+        """The fewest steps whose sequences hold at least so many tokens, seq_len each.
+
+        Example: batch_rows=8, batch_schedule=[{from_step: 50, rows: 16}], seq_len=100: 48,001 tokens are 481 rows, 50 * 8 = 400 of which
+        make 50 steps and 81 more 6 of 16: 56 steps.
+        """
+        rows = -(-tokens // seq_len)
+        edges = [0, *(stage.from_step for stage in self.batch_schedule)]
+        stage = max(i for i, edge in enumerate(edges) if i == 0 or self.rows_before(edge) < rows)
+        return edges[stage] + -(-(rows - self.rows_before(edges[stage])) // self.batch_sizes[stage])
 
 
 class GuardSection(Section):
@@ -192,25 +247,52 @@ class RunConfig(Section):
     log: LogSection = LogSection()
     s3: S3Section = S3Section()
 
-    @property
-    def rank_rows(self) -> int:
-        """Sequences that one data rank sees in one step."""
-        return _exact_div(self.train.batch_rows, self.parallel.data_size)
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_of_tokens(cls, raw: Any) -> Any:
+        """Puts train.steps beside train.tokens where it is not given, so that everything that reads or prints the run finds it."""
+        train = raw.get("train") if isinstance(raw, dict) else None
+        if not isinstance(train, dict) or train.get("tokens") is None or train.get("steps") is not None:
+            return raw
+        try:
+            section = TrainSection.model_validate({**train, "steps": 1})
+            steps = section.steps_for(section.tokens or 1, DataSection.model_validate(raw.get("data")).seq_len)
+        except ValidationError:  # which the caller will meet too, and tell
+            steps = 1
+        return {**raw, "train": {**train, "steps": steps}}
 
     @property
-    def microbatch_rows(self) -> int:
-        """Sequences in one forward pass; with `auto`, the most that divide `rank_rows` and stay under AUTO_MICROBATCH_TOKENS.
+    def rank_unit_rows(self) -> int:
+        """Sequences of every `train.unit_rows` that one data rank is dealt."""
+        return _exact_div(self.train.unit_rows, self.parallel.data_size)
+
+    def rank_rows_at(self, step: int) -> int:
+        """Sequences that one data rank sees in the step that begins when `step` are done."""
+        return _exact_div(self.train.rows_at(step), self.parallel.data_size)
+
+    def microbatch_rows_at(self, step: int) -> int:
+        """Sequences in one forward pass of that step; with `auto`, the most that divide its `rank_rows_at` and stay under
+        AUTO_MICROBATCH_TOKENS.
 
         Example: batch_rows=32, data_size=2, seq_len=2048 -> rank_rows=16, 8192 // 2048 = 4 rows, 4 microbatches a step.
         """
+        return self._microbatch_rows(self.rank_rows_at(step))
+
+    @property
+    def rank_rows(self) -> int:
+        """Sequences that one data rank sees in the run's largest batch."""
+        return _exact_div(max(self.train.batch_sizes), self.parallel.data_size)
+
+    @property
+    def microbatch_rows(self) -> int:
+        """Sequences in the run's largest forward pass of training, which is what evaluation takes too."""
+        return max(self._microbatch_rows(_exact_div(rows, self.parallel.data_size)) for rows in self.train.batch_sizes)
+
+    def _microbatch_rows(self, rank_rows: int) -> int:
         if self.train.microbatch_rows != "auto":
             return self.train.microbatch_rows
         at_most = max(1, AUTO_MICROBATCH_TOKENS // self.data.seq_len)
-        return max(n for n in range(1, min(at_most, self.rank_rows) + 1) if self.rank_rows % n == 0)
-
-    @property
-    def microbatches_per_step(self) -> int:
-        return _exact_div(self.rank_rows, self.microbatch_rows)
+        return max(n for n in range(1, min(at_most, rank_rows) + 1) if rank_rows % n == 0)
 
 
 def _exact_div(total: int, part: int) -> int:

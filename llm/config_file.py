@@ -23,7 +23,7 @@ SET_FORM = "write --set section.key=value, for example --set train.lr=3e-4 or --
 
 # Keys that a resumed run may change, with all keys below them, and still be the same run. All others make another run,
 # and so does every key that is new. Layout and microbatch may change because the same rows then make up each step and
-# the loss agrees within the stated tolerance. train.steps may grow, not shrink: the run goes on under a schedule that
+# the loss agrees within the stated tolerance. train.steps (or train.tokens) may grow, not shrink: the run goes on under a schedule that
 # spans the new length, so the learning rate jumps unless the schedule is constant, or wsd whose decay had not begun.
 MAY_CHANGE = (
     "run.name",
@@ -93,7 +93,7 @@ def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
             continue
         if any(key == free or key.startswith(free + ".") for free in MAY_CHANGE):
             continue
-        if key == "train.steps" and new.train.steps >= old.train.steps:
+        if key in ("train.steps", "train.tokens") and new.train.steps >= old.train.steps:
             continue
         found.append(f"{key}: {_told(was)} -> {_told(now)}")
     return found

@@ -31,6 +31,7 @@ def cross_checks(config: RunConfig) -> list[tuple[str, str]]:
         found.append(("model.preset", "give exactly one of model.preset and model.path"))
     if model.init == "pretrained" and model.path is None:
         found.append(("model.init", "model.init=pretrained needs model.path, a folder with weights. Or set model.init=random"))
+    found += _budget_problems(config)
     if train.warmup_steps >= train.steps and train.warmup_steps:
         found.append(
             (
@@ -104,22 +105,51 @@ def _source_problems(config: RunConfig) -> list[tuple[str, str]]:
     return found
 
 
+def _budget_problems(config: RunConfig) -> list[tuple[str, str]]:
+    """What contradicts itself in how long a run is, and in what its learning rate follows."""
+    found: list[tuple[str, str]] = []
+    train = config.train
+    if train.tokens is not None and train.steps != (steps := train.steps_for(train.tokens, config.data.seq_len)):
+        text = (
+            f"train.steps={train.steps} and train.tokens={train.tokens} do not agree: so many tokens are {steps} steps of these batches. "
+        )
+        found.append(("train.tokens", text + "Give one of the two, or set train.steps=null"))
+    if train.warmup_steps and train.warmup_frac:
+        text = f"train.warmup_steps={train.warmup_steps} and train.warmup_frac={train.warmup_frac:g} say the same thing twice: "
+        found.append(("train.warmup_frac", text + "give one of them"))
+    if train.lr_batch_rule != "none" and train.lr_batch_rows is None:
+        text = f"train.lr_batch_rule={train.lr_batch_rule} needs train.lr_batch_rows, the batch at which train.lr={train.lr:g} holds. "
+        found.append(("train.lr_batch_rule", text + f"A legal value: train.batch_rows={train.batch_rows}. Or set train.lr_batch_rule=none"))
+    if train.lr_batch_rule == "none" and train.lr_batch_rows is not None:
+        text = f"train.lr_batch_rows={train.lr_batch_rows} does nothing with train.lr_batch_rule=none. Set it to sqrt or linear, or leave "
+        found.append(("train.lr_batch_rows", text + "train.lr_batch_rows out"))
+    return found
+
+
 def _batch_problems(config: RunConfig) -> list[tuple[str, str]]:
     train, data_size = config.train, config.parallel.data_size
     rows = 1 if train.microbatch_rows == "auto" else train.microbatch_rows
     if rows < 1:
         return [("train.microbatch_rows", f"train.microbatch_rows={rows} must be at least 1, or auto")]
     unit = data_size * rows
-    if train.batch_rows % unit == 0:
-        return []
     hint = "" if rows == 1 else ". Or set train.microbatch_rows=auto"
-    return [
+    stages = [(f"train.batch_schedule.{number}.rows", stage.rows) for number, stage in enumerate(train.batch_schedule)]
+    found = [
         (
-            "train.batch_rows",
-            f"train.batch_rows={train.batch_rows} cannot be split over {data_size} data ranks x {rows} rows per microbatch "
-            f"(={unit}). Nearest legal values: {_nearest_multiples(train.batch_rows, unit)}{hint}",
+            key,
+            f"{key}={batch_rows} cannot be split over {data_size} data ranks x {rows} rows per microbatch "
+            f"(={unit}). Nearest legal values: {_nearest_multiples(batch_rows, unit)}{hint}",
         )
+        for key, batch_rows in [("train.batch_rows", train.batch_rows), *stages]
+        if batch_rows % unit
     ]
+    before = 0
+    for number, stage in enumerate(train.batch_schedule):
+        if stage.from_step <= before:
+            rule = f"from_step={stage.from_step} must be above {before}, where the stage before it begins"
+            found.append((f"train.batch_schedule.{number}", rule))
+        before = max(before, stage.from_step)
+    return found
 
 
 def _nearest_multiples(value: int, unit: int) -> str:

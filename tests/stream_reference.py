@@ -6,13 +6,16 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, pairwise
+from typing import Literal
 
 import numpy as np
 
-from llm.config import CleanSection, S3Section
+from llm.config import CleanSection, RunConfig, S3Section
+from llm.config_problems import checked
+from llm.data.batches import RowsInTurn, in_order
 from llm.data.order import CorpusPlan, Cursor, permuted, plan_corpus
 from llm.data.pack import Rows, shuffle_order
 from llm.data.slices import Slice, SourceFile, plan_slices
@@ -35,9 +38,11 @@ class Case:
     window_slices: int
     seed: int
     batch_rows: int
+    batch_schedule: tuple[tuple[int, int], ...]
+    microbatch_rows: int | Literal["auto"]
     data_size: int
     resume_data_size: int
-    group: int
+    group: int  # units
     step: int  # compared from here on, after a resume
 
     def plan(self) -> CorpusPlan:
@@ -54,6 +59,29 @@ class Case:
             schedule=self.schedule,
         )
 
+    def config(self, data_size: int) -> RunConfig:
+        """What the product derives its batches from; the rest of the case is in `plan`."""
+        stages = [{"from_step": step, "rows": rows} for step, rows in self.batch_schedule]
+        batches = {"batch_rows": self.batch_rows, "batch_schedule": stages, "microbatch_rows": self.microbatch_rows}
+        config, problems = checked(
+            {
+                "run": {"name": "case"},
+                "model": {"preset": "llama_1m"},
+                "data": {"seq_len": SEQ_LEN, "sources": [{"name": "s0", "uri": "/none"}]},
+                "parallel": {"workers": data_size},
+                "train": {"steps": 1, "lr": 1.0, **batches},
+            }
+        )
+        assert config is not None, problems
+        return config
+
+    def rows_of_step(self, step: int) -> int:
+        """By looking through the whole schedule."""
+        rows = self.batch_rows
+        for begins, of_stage in self.batch_schedule:
+            rows = of_stage if begins <= step else rows
+        return rows
+
 
 def random_case(rng: random.Random) -> Case:
     names = rng.randint(1, 4)
@@ -67,7 +95,13 @@ def random_case(rng: random.Random) -> Case:
             stage = {f"s{i}": rng.choice([0.0, 0.1, 1.0, 3.0]) for i in range(names)}
             schedule.append((step, {**stage, "s0": 1.0}))
     data_size, resumed = rng.randint(1, 8), rng.randint(1, 8)
-    unit = np.lcm(data_size, resumed)
+    microbatch = rng.randint(1, 3)
+    unit, auto = int(np.lcm(data_size, resumed)) * microbatch, rng.random() < 0.3
+    batch_schedule, step = [], 0
+    if rng.random() < 0.5:
+        for _ in range(rng.randint(1, 4)):
+            step += rng.randint(1, 10)
+            batch_schedule.append((step, unit * rng.randint(1, 4)))
     return Case(
         num_slices,
         tuple(rng.randint(0, n // 2) for n in num_slices),
@@ -75,7 +109,9 @@ def random_case(rng: random.Random) -> Case:
         tuple(schedule),
         rng.randint(1, 6),
         rng.randrange(1 << 40),
-        int(unit * rng.randint(1, 2)),
+        unit * rng.randint(1, 2),
+        tuple(batch_schedule),
+        "auto" if auto else microbatch,
         data_size,
         resumed,
         rng.randint(1, 5),
@@ -105,46 +141,59 @@ def recipe_of(plan: CorpusPlan) -> Recipe:
 
 
 def product(case: Case, plan: CorpusPlan, cursor: Cursor, step: int, data_size: int) -> Iterator[tuple[np.ndarray, Cursor]]:
-    """(the batch's rows as the data ranks get them, joined; the cursor after it) of `step` and all later ones."""
-    recipe, rank_rows, group_rows = recipe_of(plan), case.batch_rows // data_size, case.group * case.batch_rows
+    """(the batch's rows as the data ranks get them, put in order; the cursor after it) of `step` and all later ones."""
+    config = case.config(data_size)
     while True:
         began = plan.schedule.at_step(cursor, step)
-        ids = np.zeros((0, SEQ_LEN + 1), dtype=np.int32)
-        position = np.zeros((0, 3), dtype=np.int64)
-        steps_here = 0
-        for number in count():
-            for block in _window_block(recipe, began, number, NOWHERE, MadeUpSlices()):  # pyright: ignore[reportArgumentType]
-                ids, position = np.concatenate([ids, block["ids"]]), np.concatenate([position, block["position"]])
-            while len(ids) >= group_rows:
-                dealt = rank_major(group_rows, case.group, data_size, {"ids": ids[:group_rows], "position": position[:group_rows]})
-                ids, position = ids[group_rows:], position[group_rows:]
-                by_rank = {name: column.reshape(data_size, case.group, rank_rows, -1) for name, column in dealt.items()}
-                for i in range(case.group):
-                    batch = by_rank["ids"][:, i].reshape(case.batch_rows, -1)
-                    epoch, window, offset = (int(x) for x in by_rank["position"][-1, i, -1])
-                    cursor = Cursor(epoch, window, offset + 1, began.began)
-                    steps_here += 1
-                    yield batch, cursor
-                    if plan.schedule.at_step(cursor, step + steps_here) != cursor:
-                        break
-                else:
-                    continue
+        shards = [RowsInTurn(_blocks_of_rank(case, plan, began, config, rank)) for rank in range(data_size)]
+        while True:
+            taken = [_in_microbatches(shard.take(config.rank_rows_at(step)), config.microbatch_rows_at(step)) for shard in shards]
+            batch = in_order(np.stack([rows["ids"] for rows in taken]), config.rank_unit_rows)
+            epoch, window, offset = (int(x) for x in taken[-1]["position"][-1])
+            cursor = Cursor(epoch, window, offset + 1, began.began)
+            step += 1
+            yield batch, cursor
+            if plan.schedule.at_step(cursor, step) != cursor:
                 break
-            else:
-                continue
-            break
-        step += steps_here
+
+
+def _blocks_of_rank(case: Case, plan: CorpusPlan, start: Cursor, config: RunConfig, rank: int) -> Iterator[dict[str, np.ndarray]]:
+    """What Ray Data would make of the windows from `start` on, for one data rank."""
+    recipe, group_rows, data_size = recipe_of(plan), case.group * config.train.unit_rows, config.parallel.data_size
+    held = {"ids": np.zeros((0, SEQ_LEN + 1), dtype=np.int32), "position": np.zeros((0, 3), dtype=np.int64)}
+    for number in count():
+        for block in _window_block(recipe, start, number, NOWHERE, MadeUpSlices()):  # pyright: ignore[reportArgumentType]
+            held = {name: np.concatenate([column, block[name]]) for name, column in held.items()}
+        while len(held["ids"]) >= group_rows:
+            dealt = rank_major(group_rows, case.group, data_size, {name: column[:group_rows] for name, column in held.items()})
+            held = {name: column[group_rows:] for name, column in held.items()}
+            block_rows = group_rows // data_size
+            yield {name: column[rank * block_rows : (rank + 1) * block_rows] for name, column in dealt.items()}
+
+
+def _in_microbatches(rows: Mapping[str, np.ndarray] | None, microbatch_rows: int) -> dict[str, np.ndarray]:
+    """The rows as a rank's forward passes see them, one after the other: all of the same size, or they are not counted as they should."""
+    assert rows is not None
+    microbatches = [
+        {name: column[first : first + microbatch_rows] for name, column in rows.items()}
+        for first in range(0, len(rows["ids"]), microbatch_rows)
+    ]
+    assert {len(each["ids"]) for each in microbatches} == {microbatch_rows}
+    return {name: np.concatenate([each[name] for each in microbatches]) for name in rows}
 
 
 def reference(case: Case, plan: CorpusPlan, num_batches: int) -> list[np.ndarray]:
     """The first batches, from lists: every source a queue of shuffled passes, every block a shuffled list of whose turn it is."""
     queues = [_passes(case, plan, source) for source in range(len(case.num_slices))]
     rows: list[np.ndarray] = []
+    edges = [0]  # rows before each step
+    while len(edges) <= max(num_batches, *(stage.from_step for stage in plan.stages)):
+        edges.append(edges[-1] + case.rows_of_step(len(edges) - 1))
     stage = 0
     per_block = plan.windows_per_block
     for block in count():
         # A stage begins in the first block of which no row was taken when its step begins.
-        while stage + 1 < len(plan.stages) and plan.stages[stage + 1].from_step * case.batch_rows <= len(rows):
+        while stage + 1 < len(plan.stages) and edges[plan.stages[stage + 1].from_step] <= len(rows):
             stage += 1
         slots = plan.stages[stage].slots
         turns = [source for source, n in enumerate(slots) for _ in range(n)]
@@ -157,10 +206,9 @@ def reference(case: Case, plan: CorpusPlan, num_batches: int) -> list[np.ndarray
             window = np.concatenate([made_up_rows(piece) for piece in pieces])
             epoch, number = divmod(block * per_block + index, plan.windows_per_epoch)
             rows += list(window[shuffle_order(len(window), (case.seed, epoch, number))])
-        if len(rows) >= num_batches * case.batch_rows:
+        if len(rows) >= edges[num_batches]:
             break
-    stop = num_batches * case.batch_rows
-    return [np.stack(rows[first : first + case.batch_rows]) for first in range(0, stop, case.batch_rows)]
+    return [np.stack(rows[first:stop]) for first, stop in pairwise(edges[: num_batches + 1])]
 
 
 def _passes(case: Case, plan: CorpusPlan, source: int) -> Iterator[Slice]:

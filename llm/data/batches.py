@@ -1,8 +1,8 @@
 """Blocks of rows -> this rank's part of each batch, fetched ahead of the step that needs it.
 
-Tensor rank 0 of each data rank reads blocks of several steps and broadcasts each step's rows to its tensor peers, which never touch the
-pipeline. The ranks then agree on what a batch is as a whole: how many tokens it predicts (the loss is divided by it), the digests of its
-rows (the ledger is made of them), and the cursor after it. Both run in a thread, on process groups of their own, one step ahead of
+Tensor rank 0 of each data rank reads blocks of many rows and broadcasts each step's to its tensor peers, which never touch the pipeline.
+The ranks then agree on what a batch is as a whole: how many tokens it predicts (the loss is divided by it), the digests of its rows (the
+ledger is made of them), and the cursor after it. Both run in a thread, on process groups of their own, one step ahead of
 training.
 """
 
@@ -39,7 +39,7 @@ class Reader(Protocol):
 
     def begin(self, cursor: Cursor) -> Iterator[Block]:
         """The data rank's blocks from the cursor on, for one pass; a call ends the pass before. A block is this rank's rows of one or more
-        batches, batch by batch: a multiple of `rank_rows`."""
+        units, unit by unit: a multiple of `unit_rows`."""
         ...
 
 
@@ -74,6 +74,9 @@ class DataGroups:
 class BatchFetcher:
     """Iterates exactly `num_batches` batches from `start` on, fetched by a thread that starts at once, while the caller builds its model.
 
+    `rank_rows_at(step)`: this data rank's rows of the batch that begins when `step` are done, a multiple of the `unit_rows` that it is
+    dealt at once.
+
     `reader` is there on tensor rank 0 only (None on its peers). Iterating raises DataError where the corpus holds no text or too many
     records are bad, on every rank, so that none waits for another.
 
@@ -90,7 +93,8 @@ class BatchFetcher:
         start: TrainState,
         schedule: Schedule,
         num_batches: int,
-        rank_rows: int,
+        rank_rows_at: Callable[[int], int],
+        unit_rows: int,
         seq_len: int,
         isolate: bool,
         max_bad_frac: float,
@@ -102,7 +106,8 @@ class BatchFetcher:
         self._start = start
         self._schedule = schedule
         self._num_batches = num_batches
-        self._shape = (2, rank_rows, seq_len + 1)
+        self._rank_rows_at, self._unit_rows = rank_rows_at, unit_rows
+        self._width = seq_len + 1
         self._isolate = isolate
         self._max_bad_frac = max_bad_frac
         self._stop, self._pace = stop, pace
@@ -140,21 +145,21 @@ class BatchFetcher:
         """A pass over the stream begins with the run, where a stage begins, and where the pass before has ended."""
         cursor, blocks, fresh = self._start.cursor, None, False
         for step in range(self._start.step, self._start.step + self._num_batches):
-            at = self._schedule.at_step(cursor, step)
+            at, rank_rows = self._schedule.at_step(cursor, step), self._rank_rows_at(step)
             if blocks is None or at != cursor:
                 blocks, fresh = self._begin(at), True
-            while (batch := self._agreed(next(blocks, None), at)) is None:
+            while (batch := self._agreed(blocks.take(rank_rows), rank_rows, at)) is None:
                 if fresh:
                     raise DataError(
-                        "the stream gave no batch: the corpus holds almost no text after cleaning, less than train.batch_rows="
-                        f"{self._shape[1] * self._mesh.data_size} rows in many windows. Check data.sources and data.clean.min_chars."
+                        "the stream gave no batch: the corpus holds almost no text after cleaning, less than a batch of "
+                        f"{rank_rows * self._mesh.data_size} rows in many windows. Check data.sources and data.clean.min_chars."
                     )
                 blocks, fresh = self._begin(at), True
             cursor, fresh = batch.cursor, False
             yield batch
 
-    def _begin(self, cursor: Cursor) -> Iterator[Block | None]:
-        return iter(()) if self._reader is None else batches_of(self._reader.begin(cursor), self._shape[1])
+    def _begin(self, cursor: Cursor) -> RowsInTurn:
+        return RowsInTurn(() if self._reader is None else self._reader.begin(cursor))
 
     def _put(self, item: Batch | BaseException) -> None:
         while not self._stopped.is_set():
@@ -163,14 +168,15 @@ class BatchFetcher:
             except queue.Full:
                 continue
 
-    def _agreed(self, block: Block | None, at: Cursor) -> Batch | None:
+    def _agreed(self, block: Block | None, rank_rows: int, at: Cursor) -> Batch | None:
         """The batch that this rank's block is a part of, once all ranks have told what they hold; None where the pass is at its end."""
-        mesh, groups, rank_rows = self._mesh, self._groups, self._shape[1]
-        rows = torch.zeros(self._shape, dtype=torch.int32, pin_memory=torch.cuda.is_available())  # copied to a GPU while it computes
+        mesh, groups = self._mesh, self._groups
+        shape = (2, rank_rows, self._width)
+        rows = torch.zeros(shape, dtype=torch.int32, pin_memory=torch.cuda.is_available())  # copied to a GPU while it computes
         # Whether there is a block, predicted tokens, epoch, window, next offset; the wish to stop, the pace; COUNTED; the rows' digests.
         facts = np.zeros(FIXED_FACTS + len(COUNTED) + rank_rows * DIGEST_BYTES // 8, dtype=np.int64)
         facts[5:FIXED_FACTS] = self._stop(), self._pace()
-        if block is not None and len(block["ids"]) == rank_rows:
+        if block is not None:
             rows[0] = torch.from_numpy(np.array(block["ids"], dtype=np.int32))
             rows[1] = torch.from_numpy(np.array(block["segments"], dtype=np.int32))
             epoch, window, offset = (int(x) for x in block["position"][-1])
@@ -195,7 +201,8 @@ class BatchFetcher:
         cursor = Cursor(epoch, window, offset, at.began)
         if predicted == 0:
             raise TrainingError(f"the batch before {cursor} has no token to predict: all its documents are one token long.")
-        digests = np.ascontiguousarray(readers[:, FIXED_FACTS + len(COUNTED) :]).view(np.uint8).reshape(-1, DIGEST_BYTES)
+        digests = np.ascontiguousarray(readers[:, FIXED_FACTS + len(COUNTED) :]).view(np.uint8).reshape(mesh.data_size, -1, DIGEST_BYTES)
+        digests = in_order(digests, self._unit_rows)
         stop = max(int(facts[5]) for facts in gathered)
         paces = tuple(int(facts[6]) for facts in gathered)
         return Batch(rows[0], rows[1], predicted, cursor, digests, counts, paces, stop)
@@ -210,11 +217,36 @@ class BatchFetcher:
             )
 
 
-def batches_of(blocks: Iterable[Block], rank_rows: int) -> Iterator[Block]:
-    """Blocks cut into this rank's part of each batch: views, nothing is copied."""
-    for block in blocks:
-        for first in range(0, len(block["ids"]), rank_rows):
-            yield {name: column[first : first + rank_rows] for name, column in block.items()}
+class RowsInTurn:
+    """Blocks re-cut into this rank's part of each batch, however many rows that has."""
+
+    def __init__(self, blocks: Iterable[Block]) -> None:
+        self._blocks = iter(blocks)
+        self._block: Block | None = None
+        self._first = 0  # row of the block that was not taken
+
+    def take(self, num_rows: int) -> Block | None:
+        """The next rows, None where not as many are left. Rows of one block are a view: nothing is copied."""
+        pieces: list[Block] = []
+        while num_rows:
+            if self._block is None or self._first == len(self._block["ids"]):
+                self._block, self._first = next(self._blocks, None), 0
+                if self._block is None:
+                    return None
+            rows = slice(self._first, min(len(self._block["ids"]), self._first + num_rows))
+            pieces.append({name: column[rows] for name, column in self._block.items()})
+            num_rows -= rows.stop - rows.start
+            self._first = rows.stop
+        return pieces[0] if len(pieces) == 1 else {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def in_order(by_rank: np.ndarray, unit_rows: int) -> np.ndarray:
+    """What every data rank holds of its rows of a batch, (data_size, rank_rows, ...), in the batch's own order, (rows, ...).
+
+    Example: data_size=2, rank_rows=4, unit_rows=2: ranks that hold 0 1 4 5 and 2 3 6 7 of a batch give 0 1 2 3 4 5 6 7.
+    """
+    units = by_rank.reshape(len(by_rank), -1, unit_rows, *by_rank.shape[2:])
+    return units.swapaxes(0, 1).reshape(-1, *by_rank.shape[2:])
 
 
 def count_predicted(segments: Tensor, isolate: bool) -> int:

@@ -1,11 +1,12 @@
 """The Ray Data pipeline: window numbers in, blocks of rows out, in order.
 
-`sequences` makes one task per window run `make_window` and re-cuts the rows, across window edges, into groups of a few whole batches. Each
-group is put in rank-major order and cut into one block for each data rank: its rows of these batches, one batch after the other.
-`llm/data/split.py` deals block j to data rank j mod data_size. So step s is the rows s * batch_rows ... (s + 1) * batch_rows - 1 from the
-cursor on, whatever the data size.
+`sequences` makes one task per window run `make_window` and re-cuts the rows, across window edges, into groups of a few whole units. A
+unit is a batch, or where batches change their size as many rows as divide all of them: so the stream need not know at which steps they do.
+Each group is put in rank-major order and cut into one block for each data rank: its rows of these units, one unit after the other.
+`llm/data/split.py` deals block j to data rank j mod data_size, and `llm/data/batches.py` takes as many units as make up a step's batch. So
+batches of 4 rows are the rows 0 1 2 3, 4 5 6 7, ... from the cursor on, whatever the data size.
 
-Example: batch_rows=4, data_size=2, groups of 2 batches: rows 0 1 2 3 | 4 5 6 7 become the blocks 0 1 4 5 and 2 3 6 7.
+Example: units of 4 rows, data_size=2, groups of 2 units: rows 0 1 2 3 | 4 5 6 7 become the blocks 0 1 4 5 and 2 3 6 7.
 
 Where a pass over the dataset begins is not part of it: its tasks read that in the run's `StartFile`, so the readers can begin anew wherever
 they are, when a stage of the mixture begins or a pass is at its end.
@@ -15,9 +16,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import gcd
 from typing import Any
 
 import numpy as np
@@ -48,7 +50,7 @@ MOST_BYTES_PER_TOKEN = 16
 
 # A block costs Ray 5 to 10 ms, in the task that makes it and in the one process that deals all blocks: with one a step and data rank, that
 # would be what limits small models. Large rows are not worth holding back for it.
-MAX_BATCHES_PER_GROUP = 512
+MAX_UNITS_PER_GROUP = 512
 GROUP_BYTES = 8 << 20
 MIN_GROUPS = 8  # of a run, so that a short one does not wait until all of it is tokenized
 
@@ -79,15 +81,15 @@ def sequences(
     recipe: Recipe,
     start: StartFile,
     *,
-    num_batches: int,
-    batch_rows: int,
+    num_rows: int,
+    batch_sizes: Sequence[int],
     data_size: int,
     windows_ahead: int,
     quarantine: Quarantine,
     cache: TokenCache | None = None,
 ) -> ray.data.Dataset:
-    """Batches of the global order from where `start` says on, about `num_batches` and at most those of MAX_WINDOWS windows, in blocks of a
-    multiple of batch_rows / data_size rows.
+    """Rows of the global order from where `start` says on, about `num_rows` and at most those of MAX_WINDOWS windows, for batches of
+    `batch_sizes` rows, which data_size divides: in blocks of a multiple of gcd(batch_sizes) / data_size rows.
 
     Columns: `ids`, `segments` (seq_len + 1), integers as wide as needed; `position` int64 (epoch, window, offset) of the row; `counts`
     int64, COUNTED of the row's window and of those right before it that gave no row, on its first row only (0 elsewhere), so that sums over
@@ -95,12 +97,13 @@ def sequences(
     """
     context = _safe_context()
     context.execution_options.preserve_order = True
-    group = batches_per_group(recipe.seq_len, batch_rows, num_batches)
-    group_rows = group * batch_rows
-    num_rows = -(-num_batches // group) * group_rows
+    unit_rows = gcd(*batch_sizes)
+    group = units_per_group(recipe.seq_len, unit_rows, num_rows // unit_rows)
+    group_rows = group * unit_rows
+    num_rows = -(-num_rows // group_rows) * group_rows
     row_bytes = (recipe.seq_len + 1) * MOST_BYTES_PER_TOKEN
     num_windows = min(MAX_WINDOWS, 2 + int(num_rows * row_bytes / max(1.0, recipe.plan.bytes_per_window)))
-    context.set_config(RUN_AHEAD, (windows_ahead, 2 * group_rows))
+    context.set_config(RUN_AHEAD, (windows_ahead, 2 * max(group_rows, *batch_sizes)))
     context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, RunAhead])
     shared, windows_per_epoch = ray.put(recipe), recipe.plan.windows_per_epoch
 
@@ -165,19 +168,18 @@ def _safe_context() -> ray.data.DataContext:
     return context
 
 
-def batches_per_group(seq_len: int, batch_rows: int, num_batches: int) -> int:
-    batch_bytes = batch_rows * (seq_len + 1) * 8  # two columns of int32
-    return max(1, min(MAX_BATCHES_PER_GROUP, GROUP_BYTES // batch_bytes, num_batches // MIN_GROUPS))
+def units_per_group(seq_len: int, unit_rows: int, num_units: int) -> int:
+    unit_bytes = unit_rows * (seq_len + 1) * 8  # two columns of int32
+    return max(1, min(MAX_UNITS_PER_GROUP, GROUP_BYTES // unit_bytes, num_units // MIN_GROUPS))
 
 
-def rank_major(group_rows: int, batches: int, data_size: int, rows: Any) -> dict[str, np.ndarray]:
+def rank_major(group_rows: int, units: int, data_size: int, rows: Any) -> dict[str, np.ndarray]:
     """A group's rows, those of data rank 0 first, in each rank's in order. What is left at the end of a pass, less than a group, is
     dropped: it would be dealt to the wrong ranks. The next pass begins with it."""
     if len(rows["ids"]) < group_rows:
         return {name: column[:0] for name, column in rows.items()}
     return {
-        name: column.reshape(batches, data_size, -1, *column.shape[1:]).swapaxes(0, 1).reshape(column.shape)
-        for name, column in rows.items()
+        name: column.reshape(units, data_size, -1, *column.shape[1:]).swapaxes(0, 1).reshape(column.shape) for name, column in rows.items()
     }
 
 

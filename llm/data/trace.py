@@ -87,7 +87,7 @@ class TracedRun:
         begins = cursor_before(self.steps, self.stream.recipe.plan.schedule, step)
         pieces: list[Piece] = []
         digests: list[np.ndarray] = []
-        for window, rows in self._rows(begins, self.config.train.batch_rows):
+        for window, rows in self._rows(begins, self.config.train.rows_at(step - 1)):
             taken = window.rows.taken(rows)
             digests.append(row_digests(taken.ids, taken.segments()))
             first = sum(map(len, digests)) - len(rows)

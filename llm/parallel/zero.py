@@ -1,9 +1,11 @@
 """The DeepSpeed engine: ZeRO stage, tensor size, offload and precision become one object with `backward`, `step` and `evaluate`.
 
-Nothing else in Headrace calls DeepSpeed for training. Three of its habits are undone here, once:
+Nothing else in Headrace calls DeepSpeed for training. Four of its habits are undone here, once:
 
-- it divides gradients by the number of microbatches and by the number of data ranks; we want the plain sum over the batch, because the
-  loss is already divided by the batch's count of predicted tokens (`backward` multiplies both back);
+- it divides gradients by the number of data ranks; we want the plain sum over the batch, because the loss is already divided by the
+  batch's count of predicted tokens (`backward` multiplies it back);
+- it wants the number of microbatches a step when it is built, and divides by it; ours may change from step to step, so it is told 1, and
+  with each microbatch whether that is the step's last;
 - at stage 0 it clips by each rank's own norm, which differs between tensor ranks; we clip by the global norm;
 - at tensor size > 1 it skips, without a word, layers that it does not know how to split, and puts split matrices in the place of layers
   with adapters (peft's LoRA), which are gone then; we refuse such a model by name.
@@ -48,9 +50,7 @@ def best_precision(asked: str, zero_stage: int) -> Precision:
     return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
 
 
-def engine_config(
-    parallel: ParallelSection, train: TrainSection, *, precision: Precision, microbatch_rows: int, microbatches: int
-) -> dict[str, Any]:
+def engine_config(parallel: ParallelSection, train: TrainSection, *, precision: Precision, microbatch_rows: int) -> dict[str, Any]:
     """The DeepSpeed configuration of a run. Pure."""
     zero: dict[str, Any] = {"stage": parallel.zero_stage}
     if parallel.offload != "none":
@@ -59,7 +59,7 @@ def engine_config(
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": microbatch_rows,
-        "gradient_accumulation_steps": microbatches,
+        "gradient_accumulation_steps": 1,  # see the module's docstring
         "gradient_clipping": train.grad_clip if parallel.zero_stage else 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -99,7 +99,6 @@ class Engine:
         param_groups: list[dict[str, Any]],
         precision: Precision,
         microbatch_rows: int,
-        microbatches: int,
     ) -> None:
         self.mesh = mesh
         self.stage = parallel.zero_stage
@@ -109,8 +108,6 @@ class Engine:
         self.full_shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         if mesh.tensor_size > 1:
             _refuse_adapters(model, mesh.tensor_size)
-        # Undoes DeepSpeed's two averages, see the module's docstring.
-        self._loss_factor = float(mesh.data_size * microbatches)
         if train.optimizer != "muon" or self.device.type == "cpu":
             _import_muon_uncompiled()
         # DeepSpeed's classes declare little of what they have: Any, or every use would need a note for the type checker.
@@ -121,7 +118,7 @@ class Engine:
                 model=model,
                 model_parameters=param_groups,  # pyright: ignore[reportArgumentType]
                 optimizer=_optimizer_factory(train, parallel),  # pyright: ignore[reportArgumentType]
-                config=engine_config(parallel, train, precision=precision, microbatch_rows=microbatch_rows, microbatches=microbatches),
+                config=engine_config(parallel, train, precision=precision, microbatch_rows=microbatch_rows),
             )
         except (AssertionError, ValueError) as error:
             if mesh.tensor_size == 1:
@@ -153,11 +150,12 @@ class Engine:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=autocast):
             return self.deepspeed(**inputs).logits
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds this microbatch's gradient. `loss`: its share of the batch's loss, so that the shares of all ranks and microbatches sum
-        to the loss."""
-        self.deepspeed.backward(loss * self._loss_factor)
-        if not self.deepspeed.is_gradient_accumulation_boundary():
+        to the loss; `last`: whether it is the last before `step`, the same on all ranks."""
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        self.deepspeed.backward(loss * float(self.mesh.data_size))
+        if not last:
             self.deepspeed.step()
 
     def step(self, lr_factor: float, may_update: Callable[[float], bool]) -> float:

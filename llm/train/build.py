@@ -29,7 +29,6 @@ def build_engine(job: Job, mesh: Mesh) -> Engine:
         param_groups=param_groups(model, config.train),
         precision=best_precision(config.train.precision, config.parallel.zero_stage),
         microbatch_rows=config.microbatch_rows,
-        microbatches=config.microbatches_per_step,
     )
     if config.train.compile:
         if engine.device.type == "cpu":

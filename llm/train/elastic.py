@@ -1,7 +1,7 @@
 """How many workers a run may have, and on which nodes they go. Pure.
 
-Legal sizes keep the batch whole: multiples of the tensor size whose data ranks share out `train.batch_rows` evenly. A tensor group lies
-inside one node.
+Legal sizes keep the batch whole: multiples of the tensor size whose data ranks share out `train.batch_rows` evenly, and the batches of
+every stage of `train.batch_schedule`. A tensor group lies inside one node.
 
 Example: workers=4, tensor=2, batch_rows=8, min_workers=2: legal are 4 and 2. Nodes with room for 2 and 2: 4 workers. One of them goes: 2.
 With room for 3 and 1 there is one tensor group only: 2.
@@ -22,7 +22,7 @@ def legal_workers(config: RunConfig) -> list[int]:
     return [
         workers
         for workers in range(parallel.workers, least - 1, -1)
-        if workers % parallel.tensor == 0 and train.batch_rows % (workers // parallel.tensor * rows) == 0
+        if workers % parallel.tensor == 0 and train.unit_rows % (workers // parallel.tensor * rows) == 0
     ]
 
 

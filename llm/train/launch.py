@@ -178,8 +178,8 @@ def _open_stream(job: Job, recipe: Recipe, workers: int) -> ray.data.Dataset:
     return sequences(
         recipe,
         start_file(job),
-        num_batches=config.train.steps,
-        batch_rows=config.train.batch_rows,
+        num_rows=config.train.rows_before(config.train.steps),
+        batch_sizes=config.train.batch_sizes,
         data_size=config.parallel.data_size,
         windows_ahead=config.data.windows_ahead,
         quarantine=Quarantine(join(job.run_uri, "quarantine"), config.s3),

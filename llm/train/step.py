@@ -66,7 +66,7 @@ def _forward_backward(engine: Engine, batch: Batch, microbatch_rows: int, isolat
         rows = slice(first, first + microbatch_rows)
         loss = _summed_loss(engine, batch.ids[rows], batch.segments[rows], isolate) / batch.predicted_tokens
         share += loss.detach()
-        engine.backward(loss)
+        engine.backward(loss, last=rows.stop >= len(batch.ids))
     return share
 
 

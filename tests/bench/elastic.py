@@ -28,7 +28,7 @@ from llm.config import S3Section
 from llm.config_file import load_run
 from llm.data.cache import TokenCache
 from llm.data.order import Cursor
-from llm.data.stream import Quarantine, _window_block, batches_per_group, rank_major
+from llm.data.stream import Quarantine, _window_block, rank_major, units_per_group
 from llm.data.window import Recipe, make_window
 from llm.train.prepare import prepare
 
@@ -85,7 +85,7 @@ def case(name: str, found: Batches, expected: Batches) -> str:
 
 def ours(recipe: Recipe, cache: TokenCache, ranks: int, steps: int, state: Cursor | None) -> tuple[Batches, Cursor]:
     start = state or Cursor()
-    group = batches_per_group(recipe.seq_len, BATCH_ROWS, steps)
+    group = units_per_group(recipe.seq_len, BATCH_ROWS, steps)
     found: Batches = []
     for dealt in groups(recipe, cache, start, group * BATCH_ROWS):
         by_rank = rank_major(group * BATCH_ROWS, group, ranks, {"ids": dealt})["ids"].reshape(ranks, group, -1, 3)

@@ -178,15 +178,16 @@ def bare_rank(rank: int, size: int, meet: str, job: Job, rows: np.ndarray, threa
     if size > 1:
         dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=size)
         model = torch.nn.parallel.DistributedDataParallel(bare)
-    batches = torch.from_numpy(rows).long().view(config.train.steps, size, config.microbatches_per_step, config.microbatch_rows, -1)
+    microbatches = config.rank_rows // config.microbatch_rows
+    batches = torch.from_numpy(rows).long().view(config.train.steps, size, microbatches, config.microbatch_rows, -1)
     ends: list[float] = []
     for batch in batches:
         loss_of_step = 0.0
         for number, ids in enumerate(batch[rank]):
             if size > 1:
-                model.require_backward_grad_sync = number == config.microbatches_per_step - 1
+                model.require_backward_grad_sync = number == microbatches - 1
             logits = model(input_ids=ids[:, :-1]).logits
-            loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()) / config.microbatches_per_step
+            loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()) / microbatches
             loss.backward()
             loss_of_step += loss.item()
         torch.nn.utils.clip_grad_norm_(bare.parameters(), config.train.grad_clip)

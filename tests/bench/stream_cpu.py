@@ -31,9 +31,9 @@ class Reader:
     """A data rank: what `llm/train/worker.py` and `llm/data/batches.py` do to a block until it is tensors."""
 
     def __init__(self, shard: Any, rank_rows: int) -> None:
-        from llm.data.batches import batches_of
+        from llm.data.batches import RowsInTurn
 
-        self._batches = batches_of(shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2), rank_rows)
+        self._rows, self._rank_rows = RowsInTurn(shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)), rank_rows
 
     def read(self, num_batches: int) -> int:
         """Takes the next batches; the number of ids in them."""
@@ -42,7 +42,8 @@ class Reader:
 
         ids = 0
         for _ in range(num_batches):
-            block = next(self._batches)
+            block = self._rows.take(self._rank_rows)
+            assert block is not None, "the stream ended early"
             rows = [torch.from_numpy(np.array(block[name], dtype=np.int32)) for name in ("ids", "segments")]
             ids += rows[0].numel()
         return ids
@@ -99,8 +100,8 @@ def run_stream(
         dataset = sequences(
             recipe,
             start,
-            num_batches=num_batches,
-            batch_rows=batch_rows,
+            num_rows=num_batches * batch_rows,
+            batch_sizes=[batch_rows],
             data_size=READERS,
             windows_ahead=windows_ahead,
             quarantine=Quarantine(folder, S3Section()),

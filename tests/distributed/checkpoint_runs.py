@@ -44,7 +44,8 @@ def batches_from(config: RunConfig, mesh: Any, first_step: int, num_steps: int) 
         start=TrainState(step=first_step),
         schedule=make_job(config, MODEL).schedule,
         num_batches=num_steps,
-        rank_rows=config.rank_rows,
+        rank_rows_at=config.rank_rows_at,
+        unit_rows=config.rank_unit_rows,
         seq_len=config.data.seq_len,
         isolate=False,
         max_bad_frac=0.0,
@@ -55,13 +56,13 @@ def given(config: RunConfig, mesh: Any, first_step: int, end_step: int) -> Given
     if mesh.tensor_rank:
         return None
     ids, segments = _rows(config, end_step)
-    first = first_step * config.train.batch_rows
-    return Given(blocks_of(ids[first:], segments[first:], config.rank_rows, mesh.data_rank, mesh.data_size))
+    first = config.train.rows_before(first_step)
+    return Given(blocks_of(ids[first:], segments[first:], config.rank_unit_rows, mesh.data_rank, mesh.data_size))
 
 
 def _rows(config: RunConfig, num_steps: int) -> Any:
     """The same first rows, however many steps are asked for (up to MADE_STEPS)."""
-    return unequal_rows(max(MADE_STEPS, num_steps) * config.train.batch_rows, config.data.seq_len)
+    return unequal_rows(config.train.rows_before(max(MADE_STEPS, num_steps)), config.data.seq_len)
 
 
 def engine_layout(config: RunConfig) -> Any:
@@ -163,7 +164,7 @@ class _Rows:
         config, mesh = self._config, self._mesh
         ids, segments = _rows(config, config.train.steps)
         first = cursor.offset
-        for block in blocks_of(ids[first:], segments[first:], config.rank_rows, mesh.data_rank, mesh.data_size):
+        for block in blocks_of(ids[first:], segments[first:], config.rank_unit_rows, mesh.data_rank, mesh.data_size):
             block["position"][:, 2] += first
             yield block
 

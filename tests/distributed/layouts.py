@@ -79,12 +79,12 @@ def unequal_rows(num_rows: int, seq_len: int, seed: int = 0) -> tuple[np.ndarray
     return ids, segments
 
 
-def blocks_of(ids: np.ndarray, segments: np.ndarray, rank_rows: int, data_rank: int, data_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """Block j of rank_rows rows goes to data rank j mod data_size."""
-    for first in range(data_rank * rank_rows, len(ids), rank_rows * data_size):
-        rows = slice(first, first + rank_rows)
-        position = np.stack([np.zeros(rank_rows), np.zeros(rank_rows), np.arange(first, first + rank_rows)], axis=1)
-        nothing = np.zeros((rank_rows, len(COUNTED)), dtype=np.int64)
+def blocks_of(ids: np.ndarray, segments: np.ndarray, unit_rows: int, data_rank: int, data_size: int) -> Iterator[dict[str, np.ndarray]]:
+    """Block j of unit_rows rows goes to data rank j mod data_size."""
+    for first in range(data_rank * unit_rows, len(ids), unit_rows * data_size):
+        rows = slice(first, first + unit_rows)
+        position = np.stack([np.zeros(unit_rows), np.zeros(unit_rows), np.arange(first, first + unit_rows)], axis=1)
+        nothing = np.zeros((unit_rows, len(COUNTED)), dtype=np.int64)
         yield {
             "ids": ids[rows],
             "segments": segments[rows],
@@ -196,8 +196,8 @@ def train_rank(rank: int, world_size: int, config: RunConfig, model_config: dict
     mesh = Mesh(rank, world_size, config.parallel.tensor)
     job = make_job(config, model_config)
     engine = build_engine(job, mesh)
-    ids, segments = unequal_rows(config.train.steps * config.train.batch_rows, config.data.seq_len, seed)
-    reader = None if mesh.tensor_rank else Given(blocks_of(ids, segments, config.rank_rows, mesh.data_rank, mesh.data_size))
+    ids, segments = unequal_rows(config.train.rows_before(config.train.steps), config.data.seq_len, seed)
+    reader = None if mesh.tensor_rank else Given(blocks_of(ids, segments, config.rank_unit_rows, mesh.data_rank, mesh.data_size))
     batches = BatchFetcher(
         reader,
         mesh,
@@ -205,7 +205,8 @@ def train_rank(rank: int, world_size: int, config: RunConfig, model_config: dict
         start=TrainState(),
         schedule=job.schedule,
         num_batches=config.train.steps,
-        rank_rows=config.rank_rows,
+        rank_rows_at=config.rank_rows_at,
+        unit_rows=config.rank_unit_rows,
         seq_len=config.data.seq_len,
         isolate=config.data.isolate_documents,
         max_bad_frac=0.0,

@@ -36,9 +36,9 @@ def _train(rank: int, world_size: int, config, run_uri: str, spoilt: dict[int, l
         engine = built(job, mesh)
         backward, update = engine.backward, engine.step
 
-        def spoil(loss):
+        def spoil(loss, last):
             factors = spoilt.get(step + 1, [])
-            backward(loss * factors[attempt] if rank == 0 and attempt < len(factors) else loss)
+            backward(loss * factors[attempt] if rank == 0 and attempt < len(factors) else loss, last=last)
 
         def counted(lr_factor, may_update):
             nonlocal attempt
@@ -64,7 +64,7 @@ def _train(rank: int, world_size: int, config, run_uri: str, spoilt: dict[int, l
     ids, segments = (
         rows[start.step * config.train.batch_rows :] for rows in unequal_rows(STEPS * config.train.batch_rows, config.data.seq_len)
     )
-    reader = None if mesh.tensor_rank else Given(blocks_of(ids, segments, config.rank_rows, mesh.data_rank, mesh.data_size))
+    reader = None if mesh.tensor_rank else Given(blocks_of(ids, segments, config.rank_unit_rows, mesh.data_rank, mesh.data_size))
     asked = itertools.count(start.step + 1)
     loop.train(make_job(config, llama(), run_uri), mesh, reader, start, wish=lambda: Wish.SIGTERM if next(asked) == stop_at else Wish.NONE)
     return digests

@@ -53,7 +53,7 @@ def test_losses_equal_one_process(model, layout):
 @pytest.mark.parametrize(("microbatch_rows", "microbatches"), [(8, 1), (4, 2), (2, 4), (1, 8)])
 def test_accumulation_does_not_change_the_loss(microbatch_rows, microbatches):
     config = make_config(train={"microbatch_rows": microbatch_rows})
-    assert config.microbatches_per_step == microbatches
+    assert config.rank_rows // config.microbatch_rows == microbatches
     assert run_layout(config, MODELS["llama_untied"]).losses == pytest.approx(one_process("llama_untied").losses, abs=TOLERANCE)
 
 

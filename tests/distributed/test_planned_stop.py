@@ -24,7 +24,9 @@ def _train(rank: int, world_size: int, config, run_uri: str, asks: int | None) -
     state = newest_state(store)
     ids, segments = unequal_rows(STEPS * config.train.batch_rows, config.data.seq_len)
     first = state.step * config.train.batch_rows
-    reader = None if mesh.tensor_rank else Given(blocks_of(ids[first:], segments[first:], config.rank_rows, mesh.data_rank, mesh.data_size))
+    reader = (
+        None if mesh.tensor_rank else Given(blocks_of(ids[first:], segments[first:], config.rank_unit_rows, mesh.data_rank, mesh.data_size))
+    )
     batches = itertools.count(1)
     wish = (lambda: Wish.SIGTERM if next(batches) >= ASKED else Wish.NONE) if rank == asks else (lambda: Wish.NONE)
     try:

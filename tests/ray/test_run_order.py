@@ -1,5 +1,5 @@
-"""What a run was trained on, through the whole stack: the ledger is the same after kill -9 and a resume with other workers, across a change
-of the mixture; one changed byte shows, and `jobs.trace` finds the step.
+"""What a run was trained on, through the whole stack: the ledger is the same after kill -9 and a resume with other workers, across changes
+of the mixture and of the batch size; one changed byte shows, and `jobs.trace` finds the step.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -22,6 +23,7 @@ STEPS = 14
 ORDER = (
     "data.sources=[{name: even, uri: 'corpus/[02].jsonl', weight: 0.8}, {name: odd, uri: 'corpus/[13].jsonl', weight: 0.2}]",
     "data.schedule=[{from_step: 5, weights: {odd: 1.0}}]",
+    "train.batch_schedule=[{from_step: 4, rows: 16}, {from_step: 7, rows: 24}, {from_step: 11, rows: 8}]",
     "data.slice_bytes=4096",
     "data.window_slices=2",
     "checkpoint.every_steps=3",
@@ -60,6 +62,9 @@ def undisturbed(recipe: Path) -> Path:
 def test_the_ledger_survives_kill_9_and_other_workers_and_shows_one_changed_byte(recipe, undisturbed, capsys, monkeypatch):
     expected = ledgers(undisturbed)
     assert len(expected) == STEPS and len(set(expected)) == STEPS
+    tokens = [0, *(row["tokens"] for row in rows_of(read_rows(undisturbed / "metrics.jsonl"), "step"))]
+    # A row predicts up to 32 tokens, and most predict nearly all.
+    assert [round((after - before) / 32 / 8) for before, after in pairwise(tokens)] == [1] * 4 + [2] * 3 + [3] * 4 + [1] * 3
 
     two = recipe.parent / "runs" / "two"
     process = start_run(recipe, *ORDER, "run.name=two", "parallel.workers=2", "parallel.zero_stage=2")

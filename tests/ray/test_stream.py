@@ -79,8 +79,8 @@ def batches_through_ray(recipe: Recipe, cursor: Cursor, data_size: int, folder: 
     dataset = sequences(
         recipe,
         start,
-        num_batches=STEPS,
-        batch_rows=BATCH_ROWS,
+        num_rows=STEPS * BATCH_ROWS,
+        batch_sizes=[BATCH_ROWS],
         data_size=data_size,
         windows_ahead=2,
         quarantine=Quarantine(str(folder / "quarantine"), S3Section()),

@@ -179,6 +179,33 @@ def test_anchors_and_merge_keys_work(load) -> None:
             "train.batch_rows=31",
             "train.batch_rows=31 cannot be split over 2 data ranks x 1 rows per microbatch (=2). Nearest legal values: 30, 32, 34",
         ),
+        (
+            "train.batch_schedule=[{from_step: 9, rows: 64}, {from_step: 20, rows: 129}]",
+            "train.batch_schedule.1.rows=129 cannot be split over 2 data ranks x 1 rows per microbatch (=2). "
+            "Nearest legal values: 128, 130, 132",
+        ),
+        (
+            "train.batch_schedule=[{from_step: 9, rows: 64}, {from_step: 9, rows: 128}]",
+            "train.batch_schedule.1: from_step=9 must be above 9, where the stage before it begins",
+        ),
+        (
+            "train.batch_schedule=[{from_step: 0, rows: 64}]",
+            "train.batch_schedule.0.from_step=0 must be a whole number of at least 1. Nearest legal value: 1",
+        ),
+        (
+            "train.lr_batch_rule=sqrt",
+            "train.lr_batch_rule=sqrt needs train.lr_batch_rows, the batch at which train.lr=0.003 holds. A legal value: "
+            "train.batch_rows=32. Or set train.lr_batch_rule=none",
+        ),
+        (
+            "train.lr_batch_rows=64",
+            "train.lr_batch_rows=64 does nothing with train.lr_batch_rule=none. Set it to sqrt or linear, or leave train.lr_batch_rows out",
+        ),
+        (
+            "train.tokens=1e6",
+            "train.steps=200 and train.tokens=1000000 do not agree: so many tokens are 123 steps of these batches. Give one of the two, "
+            "or set train.steps=null",
+        ),
     ],
 )
 def test_one_bad_override_is_one_line(problems, override: str, line: str) -> None:
@@ -378,6 +405,59 @@ def test_every_run_comes_back_from_its_dump(tmp_path_factory, text, plain, lr, s
     path.write_text(dump_run(config), encoding="utf-8", newline="")
     assert load_run(str(path)) == config
     assert RunConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))) == config  # any YAML reader will do
+
+
+# A budget in tokens
+
+TOKENS = GOOD.replace("steps: 200", "tokens: 1e6")  # 256 x 32 tokens a step
+
+
+def test_steps_follow_from_tokens_and_are_printed(load) -> None:
+    config = load(TOKENS)
+    assert (config.train.steps, config.train.tokens) == (123, 1_000_000)
+    assert "\n  steps: 123\n  tokens: 1000000\n" in dump_run(config)
+    assert load(dump_run(config)) == config
+    assert load(GOOD, "train.steps=null", "train.tokens=1000000").train == config.train
+
+
+@pytest.mark.parametrize(
+    ("override", "steps"),
+    [
+        ("train.batch_rows=64", 62),
+        ("data.seq_len=128", 245),
+        ("train.batch_schedule=[{from_step: 2, rows: 64}]", 63),
+        ("train.tokens=8192", 1),
+        ("train.tokens=8193", 2),
+    ],
+)
+def test_trials_with_other_batches_see_the_same_tokens(load, override: str, steps: int) -> None:
+    assert load(TOKENS, override).train.steps == steps
+
+
+@pytest.mark.parametrize(
+    "text", [TOKENS.replace("lr: 3e-3", "lr: -1"), TOKENS.replace("batch_rows: 32", "batch_rows: x"), TOKENS.replace("256", "1")]
+)
+def test_steps_are_not_missed_where_they_would_follow(problems, text: str) -> None:
+    (line,) = problems(text)
+    assert "train.steps" not in line
+
+
+def test_a_printed_budget_is_not_changed_without_a_word(problems, load) -> None:
+    (line,) = problems(dump_run(load(TOKENS)), "train.batch_rows=64")
+    assert "train.steps=123 and train.tokens=1000000 do not agree: so many tokens are 62 steps" in line
+
+
+def test_warm_up_is_given_once(problems) -> None:
+    (line,) = problems(GOOD, "train.warmup_steps=5", "train.warmup_frac=0.1")
+    assert "train.warmup_steps=5 and train.warmup_frac=0.1 say the same thing twice" in line
+
+
+def test_a_budget_of_tokens_may_grow_and_not_shrink(load) -> None:
+    assert config_differences(load(TOKENS), load(TOKENS, "train.tokens=2e6")) == []
+    assert config_differences(load(TOKENS), load(TOKENS, "train.tokens=9e5")) == [
+        "train.steps: 123 -> 110",
+        "train.tokens: 1000000 -> 900000",
+    ]
 
 
 # What makes another run

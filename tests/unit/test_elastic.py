@@ -30,6 +30,15 @@ def test_legal_sizes_share_out_the_batch_in_whole_tensor_groups(parallel, legal)
         assert with_workers(config(**parallel), workers).rank_rows * (workers // parallel.get("tensor", 1)) == 24
 
 
+def test_a_legal_size_shares_out_the_batches_of_every_stage():
+    train = {"batch_rows": 24, "batch_schedule": [{"from_step": 3, "rows": 32}, {"from_step": 9, "rows": 48}]}
+    made = make_config(parallel={"workers": 8, "min_workers": 1}, train=train)
+    assert legal_workers(made) == [8, 4, 2, 1]  # 6 and 3 do not divide 32 rows
+    assert [made.train.rows_at(step) for step in (0, 2, 3, 8, 9, 100)] == [24, 24, 32, 32, 48, 48]
+    assert [made.train.rows_before(step) for step in range(30)] == [sum(map(made.train.rows_at, range(step))) for step in range(30)]
+    assert [with_workers(made, 4).microbatch_rows_at(step) for step in (0, 3, 9)] == [6, 8, 12]
+
+
 @pytest.mark.parametrize(
     ("room", "tensor", "legal", "at_most", "nodes"),
     [

@@ -145,7 +145,7 @@ def test_every_batch_equals_the_slow_reference(seed):
 
 
 def test_an_epoch_loses_nothing_and_gives_nothing_twice():
-    case = Case((17, 9), (2, 0), (None, None), (), 3, 5, 6, 3, 2, 4, 0)
+    case = Case((17, 9), (2, 0), (None, None), (), 3, 5, 6, (), "auto", 3, 2, 4, 0)
     made = case.plan()
     rows = sum(len(made_up_rows(s[i])) for s in made.sources for i in range(len(s)))
     rows -= sum(len(made_up_rows(piece)) for piece in made.held_out_slices(0))
