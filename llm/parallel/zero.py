@@ -30,6 +30,10 @@ from llm.parallel.mesh import Mesh
 # of its operators; then it compiles those collectives: 45 s on a machine's first run, 6 s on later ones. gloo does the same work.
 deepspeed.ops.__dict__["__compatible_ops__"] = {}
 
+# Elements that DeepSpeed collects before it reduces them: a buffer that every rank allocates in full, 2 GB in fp32. A model of fewer
+# parameters never fills it, so its own size does the same.
+REDUCE_BUCKET = 500_000_000
+
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -49,10 +53,16 @@ def best_precision(asked: str, zero_stage: int) -> Precision:
 
 
 def engine_config(
-    parallel: ParallelSection, train: TrainSection, *, precision: Precision, microbatch_rows: int, microbatches: int
+    parallel: ParallelSection,
+    train: TrainSection,
+    *,
+    precision: Precision,
+    microbatch_rows: int,
+    microbatches: int,
+    num_parameters: int = REDUCE_BUCKET,
 ) -> dict[str, Any]:
     """The DeepSpeed configuration of a run. Pure."""
-    zero: dict[str, Any] = {"stage": parallel.zero_stage}
+    zero: dict[str, Any] = {"stage": parallel.zero_stage, "reduce_bucket_size": min(REDUCE_BUCKET, num_parameters)}
     if parallel.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if parallel.offload == "all":
@@ -121,7 +131,14 @@ class Engine:
                 model=model,
                 model_parameters=param_groups,  # pyright: ignore[reportArgumentType]
                 optimizer=_optimizer_factory(train, parallel),  # pyright: ignore[reportArgumentType]
-                config=engine_config(parallel, train, precision=precision, microbatch_rows=microbatch_rows, microbatches=microbatches),
+                config=engine_config(
+                    parallel,
+                    train,
+                    precision=precision,
+                    microbatch_rows=microbatch_rows,
+                    microbatches=microbatches,
+                    num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+                ),
             )
         except (AssertionError, ValueError) as error:
             if mesh.tensor_size == 1:
@@ -159,6 +176,13 @@ class Engine:
         self.deepspeed.backward(loss * self._loss_factor)
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()
+
+    def set_accumulation(self, microbatch_rows: int, microbatches: int) -> None:
+        """Makes the next steps of so many microbatches of so many rows; between steps only. Where gradients are offloaded, the engine must
+        have been made for more than one microbatch."""
+        self.deepspeed.set_train_micro_batch_size(microbatch_rows)
+        self.deepspeed.set_train_batch_size(microbatch_rows * microbatches * self.mesh.data_size)
+        self._loss_factor = float(self.mesh.data_size * microbatches)
 
     def step(self, lr_factor: float, may_update: Callable[[float], bool]) -> float:
         """Clips, updates the weights with every group's own learning rate x `lr_factor`, lets the gradients go.
