@@ -26,8 +26,10 @@ MIN_STEPS = 4
 class StepNorms:
     """Of one step: mean squared gradient norms over small batches and over the whole, both of a mean loss per token, in tokens.
 
-    With small batches of unequal tokens t_i of T in all: `small_square` is the mean weighted by t_i, and `small_tokens` T / their number;
-    then `small_square` is |G|^2 + S / small_tokens again.
+    With small batches of unequal tokens t_i, T in all: `small_square` is the mean weighted by t_i squared, and `small_tokens` the sum of
+    t_i squared over T. Then both formulas of A.1 hold whatever the noise of a small batch is in its size: with h_i the gradient of a small
+    batch's *summed* loss and v_i its noise, E sum |h_i|^2 = |G|^2 sum t_i^2 + sum v_i, and E |sum h_i|^2 = |G|^2 T^2 + sum v_i. So a row's
+    tokens may be alike, and rows of any length, without the result depending on how rows are cut into microbatches.
     """
 
     step: int
