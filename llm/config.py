@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 BUILTIN = "builtin"  # the uri of the embedded corpus, and the path of the tokenizer trained on it
 
-# With microbatch_rows=auto a microbatch holds at most this many tokens: enough to fill a CPU's or a GPU's matrix units on the
-# small presets, small enough for 8B parameters in 80 GiB with activation checkpointing.
+# With microbatch_rows=auto, where nothing was measured, a microbatch holds at most this many tokens: enough to fill a CPU's or a GPU's
+# matrix units on the small presets, small enough for 8B parameters in 80 GiB with activation checkpointing.
 AUTO_MICROBATCH_TOKENS = 8192
 
 
@@ -109,6 +109,11 @@ class TrainSection(Section):
     steps: int = Field(ge=1)
     batch_rows: int = Field(ge=1, description="sequences a step, over all data ranks")
     microbatch_rows: int | Literal["auto"] = Field(default="auto", description="sequences a forward pass on one data rank")
+    microbatch_rows_at_most: int | None = Field(
+        default=None,
+        ge=1,
+        description="with auto; None: what `tune_batch` measured for this model, layout and hardware, else 8192 tokens. A run records it",
+    )
     optimizer: Literal["adamw", "sgd", "muon"] = "adamw"
     lr: float = Field(gt=0)
     min_lr_frac: float = Field(default=0.1, ge=0, le=1, description="the last step's learning rate, as a fraction of lr")
@@ -199,14 +204,20 @@ class RunConfig(Section):
 
     @property
     def microbatch_rows(self) -> int:
-        """Sequences in one forward pass; with `auto`, the most that divide `rank_rows` and stay under AUTO_MICROBATCH_TOKENS.
+        """Sequences in one forward pass; with `auto`, the most that divide `rank_rows` and are not above `train.microbatch_rows_at_most`,
+        which is decided once, when a run starts (llm/train/tune/auto.py); until then AUTO_MICROBATCH_TOKENS counts.
 
         Example: batch_rows=32, data_size=2, seq_len=2048 -> rank_rows=16, 8192 // 2048 = 4 rows, 4 microbatches a step.
         """
         if self.train.microbatch_rows != "auto":
             return self.train.microbatch_rows
-        at_most = max(1, AUTO_MICROBATCH_TOKENS // self.data.seq_len)
+        at_most = self.train.microbatch_rows_at_most or self.unmeasured_rows
         return max(n for n in range(1, min(at_most, self.rank_rows) + 1) if self.rank_rows % n == 0)
+
+    @property
+    def unmeasured_rows(self) -> int:
+        """The most rows of a microbatch, with `auto`, where nothing was measured."""
+        return max(1, AUTO_MICROBATCH_TOKENS // self.data.seq_len)
 
     @property
     def microbatches_per_step(self) -> int:

@@ -24,7 +24,7 @@ DPI = 150
 
 def loss_chart(rows: Sequence[Row], title: str) -> bytes:
     """Training loss over steps (raw, and smoothed where there are many steps), with the evaluations as points."""
-    figure = _figure(4.6)
+    figure = figure_of(4.6)
     axes: Any = figure.subplots()
     steps, losses = _series(rows_of(rows, "step"), "loss")
     smooth = smoothed(losses)
@@ -45,12 +45,12 @@ def loss_chart(rows: Sequence[Row], title: str) -> bytes:
     if steps or eval_steps:
         axes.legend(frameon=False, loc="upper right")
     _finish(axes)
-    return _png(figure)
+    return png_of(figure)
 
 
 def throughput_chart(rows: Sequence[Row]) -> bytes:
     """Tokens per second above, and below it the fraction of each step spent waiting for data, over the same steps."""
-    figure = _figure(5.2)
+    figure = figure_of(5.2)
     upper, lower = figure.subplots(2, 1, sharex=True)
     all_steps = rows_of(rows, "step")
     for axes, name, line, pale, label in (
@@ -72,7 +72,7 @@ def throughput_chart(rows: Sequence[Row]) -> bytes:
     upper.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     lower.set_xlabel("step")
     figure.align_ylabels()
-    return _png(figure)
+    return png_of(figure)
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -137,7 +137,7 @@ def _mark_restarts(axes: Axes, rows: Sequence[Row]) -> None:
             axes.axvline(row["step"] + 0.5, color=GREY, linestyle=":", linewidth=1.2, zorder=1, label=label)
 
 
-def _figure(height_inches: float) -> Figure:
+def figure_of(height_inches: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(9, height_inches), dpi=DPI, facecolor="white", layout="constrained")
@@ -157,7 +157,7 @@ def _finish(axes: Axes) -> None:
     axes.yaxis.label.set(color=GREY, fontsize=10.5)
 
 
-def _png(figure: Figure) -> bytes:
+def png_of(figure: Figure) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     buffer = io.BytesIO()

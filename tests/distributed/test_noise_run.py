@@ -1,4 +1,4 @@
-"""What the hooks see is the gradient of each microbatch before it is reduced, on every layout; and the noise scale does not depend on it."""
+"""The hooks see each microbatch's gradient before it is reduced, on every layout, and the noise scale does not depend on the layout."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ LAYOUTS = {  # workers, tensor, zero stage
 
 def measure_rank(rank: int, world_size: int, config: Any, run_uri: str, seed: int) -> list[StepNorms]:
     from dataclasses import replace
-    from pathlib import Path
 
     from llm.parallel.mesh import Mesh
     from llm.state import TrainState
-    from llm.train.tune.noise_run import NORMS, measure_noise, parse_norms
+    from llm.train.tune.noise_run import measure_noise
+    from llm.train.tune.norms_file import read_norms
 
     mesh = Mesh(rank, world_size, config.parallel.tensor)
     job = replace(make_job(config, llama(), run_uri), noise_steps=config.train.steps)
     ids, segments = unequal_rows(config.train.steps * config.train.batch_rows, config.data.seq_len, seed)
     reader = None if mesh.tensor_rank else Given(blocks_of(ids, segments, config.rank_rows, mesh.data_rank, mesh.data_size))
     measure_noise(job, mesh, reader, TrainState())
-    return parse_norms((Path(run_uri) / NORMS).read_bytes())
+    return read_norms(job)
 
 
 def plain_rank(rank: int, world_size: int, config: Any, seed: int) -> list[StepNorms]:

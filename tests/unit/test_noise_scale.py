@@ -23,9 +23,7 @@ def made_up(true_tokens: float, *, ranks: int, small: int, steps: int, seed: int
     norms = []
     for step in range(steps):
         parts = mean + deviation * rng.normal(size=(ranks, DIM)) / math.sqrt(small)
-        norms.append(
-            StepNorms(step, float((parts**2).sum(axis=1).mean()), float((parts.mean(axis=0) ** 2).sum()), small, small * ranks)
-        )
+        norms.append(StepNorms(step, float((parts**2).sum(axis=1).mean()), float((parts.mean(axis=0) ** 2).sum()), small, small * ranks))
     scale = estimate(norms)
     assert scale is not None
     return scale

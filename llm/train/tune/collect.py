@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from llm.errors import HeadraceError, TrainingError
 from llm.train.tune.events import Event, Fits, Limit, OutOfMemory, ProbeTask, RankDiedError, Timed, Trying
-from llm.train.tune.memory_model import MAX_PROBES, Search, legal_rows
+from llm.train.tune.memory_model import MARGIN_FRAC, MAX_PROBES, Search, legal_rows, within_margin
 from llm.train.tune.speed import Speed, speed_of
 
 GRACE_S = 5.0  # after a rank's error: it may only have lost a peer, whose end is about to be heard of
@@ -41,6 +41,11 @@ class Measured:
     speed: Speed | None
     tasks: tuple[ProbeTask, ...]
 
+    @property
+    def usable_rows(self) -> int | None:
+        """The largest size that fitted with something to spare."""
+        return within_margin(self.search, MARGIN_FRAC)
+
 
 def search_largest(rank_rows: int, limit_bytes: int | None, start: StartProbe, tell: Callable[[str], None], timeout_s: float) -> Measured:
     """Probes until the largest micro-batch that fits is known, and how fast it and the smaller ones are: at most MAX_PROBES groups.
@@ -62,9 +67,9 @@ def search_largest(rank_rows: int, limit_bytes: int | None, start: StartProbe, t
 
 
 def _untimed(search: Search, samples: Sequence[dict[tuple[int, int], tuple[float, ...]]]) -> tuple[int, ...]:
-    """The largest size that fitted, where the process that ran it ended before it could be timed."""
-    timed = {rows for probe in samples for rows, _ in probe}
-    return (search.largest,) if search.largest and search.largest not in timed and search.probes < MAX_PROBES else ()
+    """The size to use, where nothing has timed it: the process that ran it ended before, or a margin asks for a smaller one."""
+    timed, rows = {rows for probe in samples for rows, _ in probe}, within_margin(search, MARGIN_FRAC)
+    return (rows,) if rows and rows not in timed and search.probes < MAX_PROBES else ()
 
 
 def _to_time(search: Search, sizes: tuple[int, ...], samples: Sequence[dict[tuple[int, int], tuple[float, ...]]]) -> tuple[int, ...]:

@@ -7,9 +7,7 @@ clipping. In a tensor group the squares of split parameters add up, and those of
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -21,15 +19,13 @@ from llm.job import Job
 from llm.parallel.mesh import Mesh
 from llm.parallel.zero import Engine
 from llm.state import TrainState
-from llm.storage import join, write_bytes
 from llm.train.build import build_engine
 from llm.train.life import Incident
 from llm.train.loop import steps
 from llm.train.step import StepResult
 from llm.train.tune.noise_scale import StepNorms
+from llm.train.tune.norms_file import write_norms
 from llm.train.watchdog import Unwatched, Watchdog
-
-NORMS = "gradient_norms.jsonl"
 
 
 def measure_noise(
@@ -68,15 +64,9 @@ def measure_noise(
     finally:
         fetcher.close()
     if mesh.rank == 0:
-        lines = "".join(json.dumps(asdict(norms)) + "\n" for norms in found)
-        write_bytes(join(job.run_uri, NORMS), lines.encode(), config.s3)
+        write_norms(job, found)
     dist.barrier()
     return last
-
-
-def parse_norms(data: bytes) -> list[StepNorms]:
-    """What `measure_noise` wrote."""
-    return [StepNorms(**json.loads(line)) for line in data.decode().splitlines()]
 
 
 class GradientSquares:
@@ -120,7 +110,9 @@ class GradientSquares:
             return []
         # Of losses that were divided by the tokens of the whole batch: see StepNorms for the weights.
         share = shares / tensor
-        return [StepNorms(step, (split + whole / tensor) / share, result.grad_norm**2, share * self._batch_tokens, float(self._batch_tokens))]
+        return [
+            StepNorms(step, (split + whole / tensor) / share, result.grad_norm**2, share * self._batch_tokens, float(self._batch_tokens))
+        ]
 
     def _measured_backward(self, loss: Tensor) -> None:
         self._split.zero_()

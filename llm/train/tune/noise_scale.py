@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 MIN_STEPS = 4
+SETTLE_FRAC = 1 / 3  # of the steps, left out at the start: the first gradients of a new model are long, and tell of no later step
+PARTS = 8  # microbatches that the whole batch has at least, where it can: fewer say less of the noise
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,20 @@ def estimate(norms: Sequence[StepNorms], confidence: float = 0.95) -> NoiseScale
     low, high = _fieller(noise, signal, var_noise, var_signal, covariance, student_t(confidence, count - 1))
     tokens = max(0.0, noise) / signal if signal > 0 else math.inf
     return NoiseScale(tokens, min(low, tokens), max(high, tokens), confidence, count, signal, noise)
+
+
+def settled(norms: Sequence[StepNorms]) -> list[StepNorms]:
+    """Without the first SETTLE_FRAC of them."""
+    return list(norms[int(len(norms) * SETTLE_FRAC) :])
+
+
+def small_batch_rows(rank_rows: int, data_size: int, at_most: int) -> int | None:
+    """The rows of a microbatch to measure with: the most, not above `at_most`, that leave PARTS in a batch, else as few as can be. None
+    where the whole batch is one row."""
+    legal = [rows for rows in range(1, min(rank_rows, at_most) + 1) if rank_rows % rows == 0]
+    if rank_rows * data_size < 2:
+        return None
+    return max((rows for rows in legal if rank_rows // rows * data_size >= PARTS), default=1)
 
 
 def _noise_and_signal(n: StepNorms) -> tuple[float, float]:

@@ -4,9 +4,9 @@ Knows no Ray: `llm/train/tune/ray_probes.py` runs it in actors, a test in proces
 process has told stays known when the next size kills it.
 
 On a GPU a step's peak is what the allocator has reserved at most, and what lies outside of it (context, NCCL). On a CPU the limit is made
-real with RLIMIT_DATA, so that an allocation which is too large fails there as it does on a GPU; the peak is the kernel's own record, VmPeak,
-less what is no data. Both leave out address space that the process had reserved and not touched when the limit was set, thread stacks above
-all, so a limit of 4 GiB means 4 GiB of real private memory.
+real with RLIMIT_DATA, so that an allocation which is too large fails there as it does on a GPU; the peak is the kernel's own record,
+VmPeak, less what is no data. Both leave out address space that the process had reserved and not touched when the limit was set, thread
+stacks above all, so a limit of 4 GiB means 4 GiB of real private memory.
 
 Not in it, because no step takes it: on a CPU, the copy of weights and moments that a checkpoint writes from, and the pages of files.
 """
@@ -17,7 +17,6 @@ import os
 import resource
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np

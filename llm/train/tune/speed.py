@@ -8,7 +8,7 @@ timings of the same step the shortest counts: a neighbour on the machine only ev
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 KNEE_FRAC = 0.95  # of the most tokens/s
@@ -66,6 +66,14 @@ def speed_of(probes: Sequence[Samples]) -> Speed | None:
         longest = (alone if alone is not None else twice or 0.0) / (1 if alone is not None else 2)
         microbatch_s[rows] = own if 0.5 * longest <= own <= 1.1 * longest else max(longest - update_s, 0.5 * longest)
     return Speed(microbatch_s, update_s, merged)
+
+
+def with_size(speed: Speed, rows: int) -> Speed:
+    """With a size that was not timed: as many seconds a row as the nearest size that was."""
+    if rows in speed.microbatch_s:
+        return speed
+    near = min(speed.microbatch_s, key=lambda timed: abs(timed - rows))
+    return replace(speed, microbatch_s={**speed.microbatch_s, rows: speed.microbatch_s[near] * rows / near})
 
 
 def best_rows(tokens_per_s: Mapping[int, float], largest: int, slack_frac: float) -> int:
