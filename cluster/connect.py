@@ -59,6 +59,21 @@ def cluster_gpus() -> float:
     return ray.cluster_resources().get("GPU", 0.0)
 
 
+def hardware() -> str:
+    """What a measurement of memory or speed holds for: the kinds of GPUs of the connected cluster; else CPUs, how many and with
+    how much memory where that is this machine."""
+    import psutil
+    import ray
+
+    resources = ray.cluster_resources()
+    prefix = "accelerator_type:"
+    if resources.get("GPU"):
+        return "GPU " + ", ".join(sorted(name.removeprefix(prefix) for name in resources if name.startswith(prefix)))
+    if is_private():
+        return f"{os.cpu_count()} CPUs, {round(psutil.virtual_memory().total / 2**30)} GiB"
+    return "CPUs"
+
+
 def require_cpus(needed: int) -> None:
     """Refuses a plan that would wait for ever."""
     import ray

@@ -14,6 +14,7 @@ JOBS = {
     "sweep": "search the settings of a run that train best",
     "prepare": "write the embedded corpus and its tokenizer to disk",
     "train-tokenizer": "train a tokenizer on the corpus",
+    "tune-batch": "find the micro-batch that fits, and the critical batch size",
     "checkpoints": "list, verify, inspect and compare a run's checkpoints",
     "export": "write a Hugging Face folder from any checkpoint of a run",
     "trace": "print the documents that made a step's batch",

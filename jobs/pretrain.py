@@ -11,17 +11,19 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from cluster.connect import cluster_gpus, connected, is_private, require_cpus
+from cluster.connect import cluster_gpus, connected, hardware, is_private, require_cpus
 from cluster.workers import plan_workers, total_cpus
 from llm.config import RunConfig
 from llm.config_file import dump_run, load_run
+from llm.job import Job
 from llm.observe.progress import ProgressLine
 from llm.observe.quiet import redirect_noise
 from llm.observe.watch import RunWatcher
 from llm.storage import is_s3
 from llm.train.lease import Lease, held_lease
 from llm.train.prepare import Prepared, prepare
-from llm.train.runs import claim_run, record_run, require_finished, run_uri
+from llm.train.runs import claim_run, record_config, record_run, require_finished, run_uri
+from llm.train.tune.auto import decide, decided, is_open
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,7 +75,7 @@ def pretrain(config: RunConfig, started_at_s: float) -> None:
             watcher = RunWatcher(uri, config.s3, config.log, config.model_dump(), progress)
             with redirect_noise(watcher.folder / "logs" / "driver.log"), tempfile.TemporaryDirectory() as ray_folder:
                 try:
-                    _train(prepared, watcher, lease, Path(ray_folder))
+                    _train(config, prepared, watcher, lease, Path(ray_folder))
                     require_finished(config)
                 except BaseException:
                     watcher.abandon()
@@ -81,8 +83,7 @@ def pretrain(config: RunConfig, started_at_s: float) -> None:
             watcher.finish()
 
 
-def _train(prepared: Prepared, watcher: RunWatcher, lease: Lease, ray_folder: Path) -> None:
-    config = prepared.job.config
+def _train(config: RunConfig, prepared: Prepared, watcher: RunWatcher, lease: Lease, ray_folder: Path) -> None:
     parallel = config.parallel
 
     def watch() -> None:
@@ -97,12 +98,24 @@ def _train(prepared: Prepared, watcher: RunWatcher, lease: Lease, ray_folder: Pa
         _take_over_signals()  # Ray has put its own handler in their place
         require_cpus(cpus)
         plan = plan_workers(least, parallel.tensor, cluster_gpus())
+        job = replace(prepared.job, fence=lease.fence.check)
+        if is_open(config):
+            job = _with_microbatch(config, job, watcher)
         watcher.progress.waiting("starting the workers")
         from llm.train.launch import WorkerResources, fit  # imports Ray, which must be connected first
 
         resources = WorkerResources(plan.cpus_per_worker, plan.gpus_per_worker)
-        job = replace(prepared.job, fence=lease.fence.check)
         fit(job, prepared.recipe, resources, str(ray_folder), watch, private_cluster=is_private())
+
+
+def _with_microbatch(config: RunConfig, job: Job, watcher: RunWatcher) -> Job:
+    """The job with what `train.microbatch_rows: auto` is here, which the run's record gets too."""
+    at_most, told = decide(job, hardware())
+    record_config(decided(config, at_most))
+    watcher.settings = decided(config, at_most).model_dump()
+    if told:
+        watcher.progress.note(told)
+    return replace(job, config=decided(job.config, at_most))
 
 
 def _take_over_signals() -> None:

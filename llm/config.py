@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 BUILTIN = "builtin"  # the uri of the embedded corpus, and the path of the tokenizer trained on it
 
-# With microbatch_rows=auto a microbatch holds at most this many tokens: enough to fill a CPU's or a GPU's matrix units on the
-# small presets, small enough for 8B parameters in 80 GiB with activation checkpointing.
+# With microbatch_rows=auto, where nothing was measured, a microbatch holds at most this many tokens: enough to fill a CPU's or a GPU's
+# matrix units on the small presets, small enough for 8B parameters in 80 GiB with activation checkpointing.
 AUTO_MICROBATCH_TOKENS = 8192
 
 
@@ -121,6 +121,11 @@ class TrainSection(Section):
     batch_rows: int = Field(ge=1, description="sequences a step, over all data ranks; with batch_schedule: until its first stage")
     batch_schedule: list[BatchStage] = Field(default=[], description="other batch sizes from later steps on; the order stays as it is")
     microbatch_rows: int | Literal["auto"] = Field(default="auto", description="sequences a forward pass on one data rank")
+    microbatch_rows_at_most: int | None = Field(
+        default=None,
+        ge=1,
+        description="with auto; None: what `tune_batch` measured for this model, layout and hardware, else 8192 tokens. A run records it",
+    )
     optimizer: Literal["adamw", "sgd", "muon"] = "adamw"
     lr: float = Field(gt=0)
     lr_batch_rule: Literal["none", "sqrt", "linear"] = Field(
@@ -271,8 +276,8 @@ class RunConfig(Section):
         return _exact_div(self.train.rows_at(step), self.parallel.data_size)
 
     def microbatch_rows_at(self, step: int) -> int:
-        """Sequences in one forward pass of that step; with `auto`, the most that divide its `rank_rows_at` and stay under
-        AUTO_MICROBATCH_TOKENS.
+        """Sequences in one forward pass of that step; with `auto`, the most that divide its `rank_rows_at` and are not above
+        `train.microbatch_rows_at_most`, which is decided once, when a run starts (llm/train/tune/auto.py); until then `unmeasured_rows`.
 
         Example: batch_rows=32, data_size=2, seq_len=2048 -> rank_rows=16, 8192 // 2048 = 4 rows, 4 microbatches a step.
         """
@@ -291,8 +296,13 @@ class RunConfig(Section):
     def _microbatch_rows(self, rank_rows: int) -> int:
         if self.train.microbatch_rows != "auto":
             return self.train.microbatch_rows
-        at_most = max(1, AUTO_MICROBATCH_TOKENS // self.data.seq_len)
+        at_most = self.train.microbatch_rows_at_most or self.unmeasured_rows
         return max(n for n in range(1, min(at_most, rank_rows) + 1) if rank_rows % n == 0)
+
+    @property
+    def unmeasured_rows(self) -> int:
+        """The most rows of a microbatch, with `auto`, where nothing was measured."""
+        return max(1, AUTO_MICROBATCH_TOKENS // self.data.seq_len)
 
 
 def _exact_div(total: int, part: int) -> int:

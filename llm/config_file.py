@@ -34,6 +34,7 @@ MAY_CHANGE = (
     "data.max_bad_frac",
     "parallel",
     "train.microbatch_rows",
+    "train.microbatch_rows_at_most",
     "train.activation_checkpointing",
     "train.compile",
     "checkpoint",

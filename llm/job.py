@@ -25,4 +25,5 @@ class Job:
     eval_rows: Rows  # held out of training; empty where eval.rows is 0
     schedule: Schedule  # of the mixture's stages
     started_at_s: float  # Unix time at which the user's command began: start-up is counted from there
+    noise_steps: int = 0  # above 0: a run of so many steps that measures gradient noise (llm/train/tune/noise_run.py) and leaves no model
     fence: Callable[[], None] = no_fence  # raises LeaseError where another driver has taken the run over

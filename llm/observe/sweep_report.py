@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import html
 from typing import TYPE_CHECKING
 
 from llm.config_file import dump_run
-from llm.observe.report import STYLE, picture_tag
+from llm.observe.page import escaped, page, picture, section
 from llm.observe.summary import duration
 from llm.observe.sweep_charts import curves_chart, importance_chart, parallel_chart
 from llm.observe.sweep_table import ranked, settings_line
@@ -28,40 +27,33 @@ def write_sweep_report(study: Study) -> str:
 def _page(study: Study) -> str:
     file, trials, keys = study.sweep.file, ranked(study.trials), list(study.sweep.space.domains)
     best, spent = best_of(study.trials), study.spent()
-    parts = [f"<h1>{html.escape(file.sweep.name)}</h1>", f"<p class=status>{html.escape(_status(study))}</p>"]
+    parts = [f"<p class=status>{escaped(_status(study))}</p>"]
     if best is not None:
-        told = f"<b>{html.escape(settings_line(best.settings))}</b>"
+        told = f"<b>{escaped(settings_line(best.settings))}</b>"
         parts += [
             f"<p>Best: trial {best.number:04d}, loss {best.loss:.4f} nats per token: {told}</p>",
-            "<h2>Loss of all trials</h2>",
-            picture_tag(curves_chart(trials, best.number), "evaluation loss of every trial over tokens"),
-            "<h2>Settings and loss</h2>",
-            picture_tag(parallel_chart(trials, keys, best.number), "parallel coordinates of settings and loss"),
+            section("Loss of all trials", picture(curves_chart(trials, best.number), "evaluation loss of every trial over tokens")),
+            section("Settings and loss", picture(parallel_chart(trials, keys, best.number), "parallel coordinates of settings and loss")),
         ]
     if shares := importance(study.trials.values(), keys):
-        parts += [
-            "<h2>What matters</h2>",
-            "<p>The share of the differences in loss that each key explains by itself, at as many tokens as all trials have seen.</p>",
-            picture_tag(importance_chart(shares), "importance of each key"),
-        ]
+        told = "<p>The share of the differences in loss that each key explains by itself, at as many tokens as all trials have seen.</p>"
+        parts.append(section("What matters", told + picture(importance_chart(shares), "importance of each key")))
     rows = "".join(_row(trial, keys) for trial in trials)
-    heads = "".join(f"<td><b>{html.escape(name)}</b></td>" for name in ("trial", *keys, "status", "tokens", "loss", "time"))
-    parts.append(f"<h2>Trials</h2><table><tr>{heads}</tr>{rows}</table>")
+    heads = "".join(f"<td><b>{escaped(name)}</b></td>" for name in ("trial", *keys, "status", "tokens", "loss", "time"))
+    parts.append(section("Trials", f"<table><tr>{heads}</tr>{rows}</table>"))
     cost = f", ${spent.dollars:,.2f}" if spent.dollars else ""
-    parts.append(f"<h2>Cost</h2><p>{spent.tokens:,} tokens, {duration(spent.hours * 3600)} of training{cost}</p>")
+    parts.append(section("Cost", f"<p>{spent.tokens:,} tokens, {duration(spent.hours * 3600)} of training{cost}</p>"))
     if best is not None:
-        parts.append(f"<h2>best.yaml</h2><pre>{html.escape(study.sweep.best(study.configs[best.number]))}</pre>")
-    parts.append(f"<details><summary>the run that was varied</summary><pre>{html.escape(dump_run(study.sweep.base))}</pre></details>")
-    policy = "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
-    head = f"<meta charset=utf-8>{policy}<title>{html.escape(file.sweep.name)}</title><style>{STYLE}</style>"
-    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>"
+        parts.append(section("best.yaml", f"<pre>{escaped(study.sweep.best(study.configs[best.number]))}</pre>"))
+    parts.append(f"<details><summary>the run that was varied</summary><pre>{escaped(dump_run(study.sweep.base))}</pre></details>")
+    return page(file.sweep.name, parts)
 
 
 def _row(trial: Trial, keys: list[str]) -> str:
     told = f"{trial.status}: {trial.cause}" if trial.cause else trial.status
     cells = [f"{trial.number:04d}", *(str(trial.settings.get(key, "")) for key in keys), told]
     cells += [f"{trial.tokens:,}", f"{trial.loss:.4f}" if trial.curve else "-", duration(trial.took_s)]
-    return f"<tr{' class=failed' if trial.status == FAILED else ''}>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
+    return f"<tr{' class=failed' if trial.status == FAILED else ''}>{''.join(f'<td>{escaped(cell)}</td>' for cell in cells)}</tr>"
 
 
 def _status(study: Study) -> str:

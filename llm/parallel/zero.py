@@ -32,6 +32,10 @@ from llm.parallel.mesh import Mesh
 # of its operators; then it compiles those collectives: 45 s on a machine's first run, 6 s on later ones. gloo does the same work.
 deepspeed.ops.__dict__["__compatible_ops__"] = {}
 
+# Elements that DeepSpeed collects before it reduces them: a buffer that every rank allocates in full, 2 GB in fp32. A model of fewer
+# parameters never fills it, so its own size does the same.
+REDUCE_BUCKET = 500_000_000
+
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -50,9 +54,16 @@ def best_precision(asked: str, zero_stage: int) -> Precision:
     return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
 
 
-def engine_config(parallel: ParallelSection, train: TrainSection, *, precision: Precision, microbatch_rows: int) -> dict[str, Any]:
+def engine_config(
+    parallel: ParallelSection,
+    train: TrainSection,
+    *,
+    precision: Precision,
+    microbatch_rows: int,
+    num_parameters: int = REDUCE_BUCKET,
+) -> dict[str, Any]:
     """The DeepSpeed configuration of a run. Pure."""
-    zero: dict[str, Any] = {"stage": parallel.zero_stage}
+    zero: dict[str, Any] = {"stage": parallel.zero_stage, "reduce_bucket_size": min(REDUCE_BUCKET, num_parameters)}
     if parallel.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if parallel.offload == "all":
@@ -118,7 +129,13 @@ class Engine:
                 model=model,
                 model_parameters=param_groups,  # pyright: ignore[reportArgumentType]
                 optimizer=_optimizer_factory(train, parallel),  # pyright: ignore[reportArgumentType]
-                config=engine_config(parallel, train, precision=precision, microbatch_rows=microbatch_rows),
+                config=engine_config(
+                    parallel,
+                    train,
+                    precision=precision,
+                    microbatch_rows=microbatch_rows,
+                    num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+                ),
             )
         except (AssertionError, ValueError) as error:
             if mesh.tensor_size == 1:

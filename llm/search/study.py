@@ -134,11 +134,8 @@ class Study:
             trial.number,
             join(config.run.storage, config.run.name),
             dump_run(config),
-            tokens_per_step(config),
-            config.train.steps,
             self._command,
             str(Path.cwd()),
-            config.s3,
             "" if trial.status == RUNNING else trial.status,
         )
 
@@ -158,7 +155,7 @@ class Study:
 
     def _curve(self, trial: Trial, config: RunConfig) -> tuple[Any, ...]:
         data = read_bytes_or_none(join(config.run.storage, config.run.name, "metrics.jsonl"), config.s3) or b""
-        return curve_of(data, tokens_per_step(config))
+        return curve_of(data, config)
 
     def _setting_of(self, trial: Trial) -> int:
         return trial.number // self.sweep.file.sweep.repeats
@@ -169,8 +166,3 @@ class Study:
         if last is None:
             return []
         return [(dict(last.settings), repeat) for repeat in range(last.repeat + 1, self.sweep.file.sweep.repeats)]
-
-
-def tokens_per_step(config: RunConfig) -> int:
-    """Tokens of a batch, padding counted: the measure by which trials of other batch sizes are compared."""
-    return config.train.batch_rows * config.data.seq_len

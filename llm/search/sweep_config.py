@@ -83,9 +83,14 @@ class Sweep:
         storage = self.base.run.storage
         return join(storage if is_s3(storage) else local_path(storage), self.file.sweep.name)
 
+    def with_settings(self, name: str, settings: dict[str, Any]) -> RunConfig:
+        """The run with these settings; a length in tokens gives other steps for other batches. Raises ConfigError, calling it `name`."""
+        anew = ["train.steps=null"] if self.base.train.tokens and "train.steps" not in settings else []
+        return parse_run(self.base_text, name, [*anew, *(f"{key}={yaml_value(value)}" for key, value in settings.items())])
+
     def trial(self, number: int, settings: dict[str, Any]) -> RunConfig:
         """The run of trial `number`. Raises ConfigError where these settings make none."""
-        config = parse_run(self.base_text, f"trial {number}", [f"{key}={yaml_value(value)}" for key, value in settings.items()])
+        config = self.with_settings(f"trial {number}", settings)
         config = _with(config, "run", name=f"{number:04d}", storage=join(self.uri, "trials"), if_finished="stop")
         cache = self.base.data.cache.uri or join(self.base.run.storage, "cache", "tokens")
         config = _with(config, "data", cache=config.data.cache.model_copy(update={"uri": cache if is_s3(cache) else local_path(cache)}))
@@ -141,7 +146,7 @@ def _require_keys(sweep: Sweep) -> None:
         errors = []
         for value in domain.options():
             try:
-                parse_run(sweep.base_text, "the run", [f"{key}={yaml_value(value)}"])
+                sweep.with_settings("the run", {key: value})
                 break
             except ConfigError as error:
                 errors.append(str(error).splitlines()[-1].strip())

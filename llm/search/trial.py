@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm.config import S3Section
+from llm.config_file import parse_run
 from llm.search.trials import FAILED, FINISHED, Point, curve_of
 from llm.storage import join, read_bytes_or_none
 
@@ -37,11 +37,8 @@ class TrialRun:
     number: int
     uri: str
     yaml: str
-    tokens_per_step: int
-    last_step: int
     command: tuple[str, ...]
     folder: str  # the current directory of the sweep's command
-    s3: S3Section
     ended: str = ""
 
 
@@ -94,24 +91,25 @@ def cause_of(code: int, log: str) -> str:
 
 class _Reporter:
     def __init__(self, run: TrialRun, report: Callable[[dict[str, Any]], None]) -> None:
-        self._run, self._report = run, report
+        self._config, self._report = parse_run(run.yaml, run.uri), report
+        self._metrics = join(run.uri, "metrics.jsonl")
         self._step, self._size = 0, -1
 
     def evaluations(self, took_s: float) -> None:
         """Reports those that are new, but for the last step's: a run that is stopped there would not export its model. A step that is done
         again after a restart is reported once: it gives the same."""
-        data = read_bytes_or_none(join(self._run.uri, "metrics.jsonl"), self._run.s3) or b""
+        data = read_bytes_or_none(self._metrics, self._config.s3) or b""
         if len(data) == self._size:
             return
         self._size = len(data)
-        for point in curve_of(data, self._run.tokens_per_step):
-            if self._step < point.step < self._run.last_step:
+        for point in curve_of(data, self._config):
+            if self._step < point.step < self._config.train.steps:
                 self._step = point.step
                 self._report(_shown(point, took_s))
 
     def end(self, status: str, cause: str, took_s: float) -> None:
-        data = read_bytes_or_none(join(self._run.uri, "metrics.jsonl"), self._run.s3) or b""
-        curve = curve_of(data, self._run.tokens_per_step)
+        data = read_bytes_or_none(self._metrics, self._config.s3) or b""
+        curve = curve_of(data, self._config)
         last = _shown(curve[-1], took_s) if curve and curve[-1].step > self._step else {}
         self._report({**last, "status": status, "cause": cause, "took_s": took_s})
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llm.config import S3Section
+from llm.config import RunConfig, S3Section
 from llm.errors import ConfigError
 from llm.metrics import MetricsTail, rows_of
 from llm.storage import join, read_bytes_or_none, write_bytes
@@ -97,10 +97,15 @@ class Journal:
             self.trials[row["trial"]] = replace(self.trials[row["trial"]], **ended)
 
 
-def curve_of(metrics: bytes, tokens_per_step: int) -> tuple[Point, ...]:
+def tokens_after(config: RunConfig, step: int) -> int:
+    """Tokens of the batches of the first `step` steps, padding counted: the measure by which trials of other batch sizes are compared."""
+    return config.train.rows_before(step) * config.data.seq_len
+
+
+def curve_of(metrics: bytes, config: RunConfig) -> tuple[Point, ...]:
     """The evaluations in a trial's metrics.jsonl, in order; of one that was done again after a restart, the last."""
     found = {
-        row["step"]: Point(row["step"], row["step"] * tokens_per_step, row["eval_loss"])
+        row["step"]: Point(row["step"], tokens_after(config, row["step"]), row["eval_loss"])
         for row in rows_of(MetricsTail(lambda offset: metrics[offset:]).poll(), "eval")
         if row["step"]
     }

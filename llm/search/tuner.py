@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from llm.search.study import Study, tokens_per_step
+from llm.search.study import Study
 from llm.search.trial import run_trial
-from llm.search.trials import FAILED, STOPPED
+from llm.search.trials import FAILED, STOPPED, tokens_after
 
 METRIC, TIME = "eval_loss", "tokens"
 TRIAL_CPUS = 1  # of the process that waits for a trial's run
@@ -61,7 +61,7 @@ def _scheduler(study: Study) -> Any:
     from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule
 
     section, base = study.sweep.file.scheduler, study.sweep.base
-    most = base.train.steps * tokens_per_step(base)
+    most = tokens_after(base, base.train.steps)
     first = max(1, round(section.first_frac * most))
     if section.kind == "none":
         return FIFOScheduler()

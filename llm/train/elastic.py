@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from llm.config import RunConfig
+from llm.config import RunConfig, Section
 
 
 def legal_workers(config: RunConfig) -> list[int]:
@@ -27,8 +27,13 @@ def legal_workers(config: RunConfig) -> list[int]:
 
 
 def with_workers(config: RunConfig, workers: int) -> RunConfig:
-    """The same run, laid out over so many workers."""
-    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"workers": workers})})
+    """The same run, laid out over so many workers. With other than the run's own, what was measured for those says nothing of the memory
+    that a micro-batch leaves: the rule for what was not measured counts."""
+    update: dict[str, Section] = {"parallel": config.parallel.model_copy(update={"workers": workers})}
+    if workers != config.parallel.workers and config.train.microbatch_rows_at_most is not None:
+        least = min(config.train.microbatch_rows_at_most, config.unmeasured_rows)
+        update["train"] = config.train.model_copy(update={"microbatch_rows_at_most": least})
+    return config.model_copy(update=update)
 
 
 def place_workers(room: Mapping[str, int], tensor: int, legal: list[int], at_most: int) -> list[str]:

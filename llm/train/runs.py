@@ -13,6 +13,7 @@ from llm.data.identity import Corpus, require_same_stream, write_stream
 from llm.errors import ConfigError, TrainingError
 from llm.metrics import MetricsTail, rows_of
 from llm.storage import exists, is_s3, join, local_path, read_bytes, write_bytes
+from llm.train.tune.auto import as_recorded
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -44,8 +45,9 @@ def claim_run(config: RunConfig) -> Claim:
         name = config.run.name if number == 1 else f"{config.run.name}-{number}"
         named = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
         if not finished(named):
-            step, damaged = _require_same_run(named)
-            if step:
+            step, damaged, before = _require_same_run(named)
+            if step and before is not None:
+                named = as_recorded(named, before)
                 note = f"going on with {run_uri(named)} from its checkpoint at step {step}"
                 return Claim(named, note=f"{damaged}\n{note}" if damaged else note)
             again = f"{config.run.name} is finished (run.if_finished=again): this run is {name}"
@@ -63,7 +65,12 @@ def record_run(config: RunConfig, corpus: Corpus, tokenizer: str) -> None:
     if CheckpointStore(uri, config.s3).steps():
         require_same_stream(uri, corpus, tokenizer, config.s3)
     write_stream(uri, corpus, tokenizer, config.s3)
-    write_bytes(join(uri, CONFIG), dump_run(config).encode(), config.s3)
+    record_config(config)
+
+
+def record_config(config: RunConfig) -> None:
+    """Writes `config.yaml` over the one before."""
+    write_bytes(join(run_uri(config), CONFIG), dump_run(config).encode(), config.s3)
 
 
 def finished(config: RunConfig) -> bool:
@@ -85,24 +92,25 @@ def require_finished(config: RunConfig) -> None:
         )
 
 
-def _require_same_run(config: RunConfig) -> tuple[int, str | None]:
-    """The step of the checkpoint that the run goes on from, 0 without one, and what is wrong with newer ones; ConfigError where it is
-    another run's."""
+def _require_same_run(config: RunConfig) -> tuple[int, str | None, RunConfig | None]:
+    """The step of the checkpoint that the run goes on from, 0 without one, what is wrong with newer ones, and the configuration that the
+    run is recorded with; ConfigError where it is another run's."""
     uri = run_uri(config)
     recorded, store = join(uri, CONFIG), CheckpointStore(uri, config.s3)
     found = read_newest(store)
     if found is None or not exists(recorded, config.s3):
-        return 0, None
+        return 0, None, None
     state, there = found.value.train, found.value.layout
     parallel = config.parallel
     # The precision that `auto` is on the workers' hardware is theirs to compare.
     here = Layout(parallel.workers, parallel.tensor, parallel.zero_stage, there.precision, config.train.optimizer)
     require_restorable(there, here, state.step)
-    changed = config_differences(parse_run(read_bytes(recorded, config.s3).decode(), recorded), config)
+    before = parse_run(read_bytes(recorded, config.s3).decode(), recorded)
+    changed = config_differences(before, config)
     if changed:
         told = "\n".join(f"  {line}" for line in changed)
         raise ConfigError(
             f"the unfinished run {uri} was started with another configuration:\n{told}\n"
             "  Set the values back to go on with it, or choose another run.name."
         )
-    return state.step, found.note
+    return state.step, found.note, before

@@ -67,7 +67,10 @@ def _train(job: Job, mesh: Mesh, reader: ShardReader | None, start: TrainState, 
     import torch
     import torch.distributed as dist
 
-    from llm.train.loop import train
+    if job.noise_steps:
+        from llm.train.tune.noise_run import measure_noise as train
+    else:
+        from llm.train.loop import train
 
     phases["importing torch, DeepSpeed and transformers"] = time.perf_counter() - began_s
     local_rank, local_size = context.get_local_rank(), context.get_local_world_size()

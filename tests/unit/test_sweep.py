@@ -119,6 +119,16 @@ def test_a_trial_is_the_run_with_its_settings_in_the_sweeps_folder(tmp_path, mon
     assert again.run.name == "search-best" and again.run.storage == "runs"
 
 
+def test_trials_of_other_batches_see_as_many_tokens(tmp_path):
+    path = write_sweep(tmp_path, space={"train.batch_rows": {"choice": [8, 16]}}, set={"train.tokens": 27 * 8 * 32, "train.steps": None})
+    sweep = load_sweep(str(path), [])
+    runs = [sweep.trial(number, {"train.batch_rows": rows}) for number, rows in enumerate((8, 16))]
+    assert [run.train.steps for run in runs] == [27, 14]
+    again = tmp_path / "best.yaml"
+    again.write_text(sweep.best(runs[1]))
+    assert load_run(str(again)).train == runs[1].train
+
+
 def journal(folder: Path, **made_of) -> Journal:
     return Journal(str(folder), S3Section(), made_of)
 
@@ -137,10 +147,11 @@ def test_a_journal_reads_back_and_refuses_another_sweep(tmp_path):
         journal(tmp_path, space={"train.lr": 1})
 
 
-def test_a_curve_takes_the_last_of_what_was_done_again():
+def test_a_curve_takes_the_last_of_what_was_done_again(tmp_path):
     rows = [(0, 9.0), (3, 5.0), (6, 4.0), (6, 3.9), (9, 3.0)]
     data = b"".join(json.dumps({"kind": "eval", "step": step, "eval_loss": loss}).encode() + b"\n" for step, loss in rows)
-    assert curve_of(data, 10) == (Point(3, 30, 5.0), Point(6, 60, 3.9), Point(9, 90, 3.0))
+    config = load_run(str(write_sweep(tmp_path).with_name("run.yaml")), ["train.batch_schedule=[{from_step: 6, rows: 16}]"])
+    assert curve_of(data, config) == (Point(3, 3 * 8 * 32, 5.0), Point(6, 6 * 8 * 32, 3.9), Point(9, 12 * 8 * 32, 3.0))
 
 
 def trial(number: int, loss: float, status: str = FINISHED, **settings) -> Trial:

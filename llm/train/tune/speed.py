@@ -1,0 +1,87 @@
+"""How fast each micro-batch is, and where more rows or more accumulation stop helping. Pure.
+
+A step is its microbatches and one update: step_s = update_s + accumulation * microbatch_s. The update (reducing gradients over data ranks,
+clipping, the optimizer) takes the same time for every size; steps with one and with two microbatches tell the two apart. Of several
+timings of the same step the shortest counts: a neighbour on the machine only ever makes a step longer, and never the same one of two sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+KNEE_FRAC = 0.95  # of the most tokens/s
+
+Samples = Mapping[tuple[int, int], Sequence[float]]  # (rows, accumulation) -> seconds of each step that was timed
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of one microbatch of each size, and of the update; `steps` are the shortest of what was measured, by (rows, accumulation)."""
+
+    microbatch_s: Mapping[int, float]
+    update_s: float
+    steps: Mapping[tuple[int, int], float]
+
+    def step_s(self, rows: int, accumulation: int) -> float:
+        """Of one step of so many microbatches; measured where it was, else by the model."""
+        measured = self.steps.get((rows, accumulation))
+        return measured if measured is not None else self.update_s + accumulation * self.microbatch_s[rows]
+
+    def tokens_per_s(self, rows: int, accumulation: int, row_tokens: int, data_size: int) -> float:
+        return rows * accumulation * row_tokens * data_size / self.step_s(rows, accumulation)
+
+    def for_rank_rows(self, rank_rows: int, row_tokens: int, data_size: int) -> dict[int, float]:
+        """Tokens/s by micro-batch, for a step of so many rows a data rank."""
+        return {
+            rows: self.tokens_per_s(rows, rank_rows // rows, row_tokens, data_size)
+            for rows in sorted(self.microbatch_s)
+            if rank_rows % rows == 0
+        }
+
+
+def speed_of(probes: Sequence[Samples]) -> Speed | None:
+    """From what each probe timed; None where none did.
+
+    Another probe ran at another moment of the machine. So the times of each are brought to those of the first by what both have measured:
+    each probe times a size again that one before it has.
+    """
+    merged: dict[tuple[int, int], float] = {}
+    for samples in probes:
+        here = {key: min(times) for key, times in samples.items() if times}
+        common = [merged[key] / here[key] for key in here if key in merged]
+        factor = median(common) if common else 1.0
+        for key, step_s in here.items():
+            merged.setdefault(key, step_s * factor)
+    if not merged:
+        return None
+    updates = [2 * merged[rows, 1] - merged[rows, 2] for rows, accumulation in merged if accumulation == 2 and (rows, 1) in merged]
+    update_s = max(0.0, median(updates)) if updates else 0.0
+    microbatch_s = {}
+    for rows in sorted({rows for rows, _ in merged}):
+        alone, twice = merged.get((rows, 1)), merged.get((rows, 2))
+        own = twice - alone if alone is not None and twice is not None else 0.0
+        # A difference of two noisy times: where it is absurd, what is left of one step without the update.
+        longest = (alone if alone is not None else twice or 0.0) / (1 if alone is not None else 2)
+        microbatch_s[rows] = own if 0.5 * longest <= own <= 1.1 * longest else max(longest - update_s, 0.5 * longest)
+    return Speed(microbatch_s, update_s, merged)
+
+
+def with_size(speed: Speed, rows: int) -> Speed:
+    """With a size that was not timed: as many seconds a row as the nearest size that was."""
+    if rows in speed.microbatch_s:
+        return speed
+    near = min(speed.microbatch_s, key=lambda timed: abs(timed - rows))
+    return replace(speed, microbatch_s={**speed.microbatch_s, rows: speed.microbatch_s[near] * rows / near})
+
+
+def best_rows(tokens_per_s: Mapping[int, float], largest: int, slack_frac: float) -> int:
+    """The micro-batch to use: the largest, unless a smaller one is faster by more than `slack_frac`; then the fastest."""
+    fastest = max(tokens_per_s, key=tokens_per_s.__getitem__)
+    return largest if tokens_per_s.get(largest, 0.0) >= (1 - slack_frac) * tokens_per_s[fastest] else fastest
+
+
+def knee(values: Mapping[int, float]) -> int:
+    """The smallest key whose value is at least KNEE_FRAC of the greatest."""
+    return min(key for key, value in values.items() if value >= KNEE_FRAC * max(values.values()))
