@@ -17,10 +17,15 @@ from llm.metrics import MetricsTail, Row, file_reader, read_rows, rows_of
 
 def train_workers(pid: int) -> list[int]:
     """The processes below `pid` that Ray Train trains in."""
+    return actors(pid, "RayTrainWorker")
+
+
+def actors(pid: int, name: str) -> list[int]:
+    """The processes below `pid` of the Ray actors whose class is called so."""
     found = []
     for child in psutil.Process(pid).children(recursive=True):
         try:
-            if "RayTrainWorker" in " ".join(child.cmdline()):
+            if name in " ".join(child.cmdline()):
                 found.append(child.pid)
         except psutil.Error:
             continue

@@ -36,6 +36,7 @@ class Cause(Enum):
     STORAGE_FULL = "storage full"
     STORAGE = "storage"
     CRASH = "worker crash"
+    CONTROLLER = "controller crash"
     BUG = "program error"
     LOST_PEER = "lost connection"  # what a crash looks like from another worker
     NO_ROOM = "no room for the workers"

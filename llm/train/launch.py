@@ -34,7 +34,9 @@ from llm.errors import HeadraceError, TrainingError
 from llm.job import Job
 from llm.storage import join
 from llm.train import life, recovery
+from llm.train.controllers import with_new_controllers
 from llm.train.elastic import with_workers
+from llm.train.life import Incident
 from llm.train.worker import DATASET, start_file, work
 
 
@@ -79,9 +81,9 @@ class WorkerResources:
 class _Trainer(DataParallelTrainer):
     """With policies of our own in Ray's controller."""
 
-    def __init__(self, job: Job, recipe: Recipe, *, private_cluster: bool, **options: Any) -> None:
+    def __init__(self, job: Job, recipe: Recipe, before: Incident | None, *, private_cluster: bool, **options: Any) -> None:
         super().__init__(work, train_loop_config={"job": job}, **options)
-        self._job, self._recipe, self._private = job, recipe, private_cluster
+        self._job, self._recipe, self._before, self._private = job, recipe, before, private_cluster
 
     def fit(self) -> Result:
         os.environ.setdefault(HEALTH_CHECK_INTERVAL_S_ENV_VAR, str(HEALTH_CHECK_S))
@@ -100,12 +102,13 @@ class _Trainer(DataParallelTrainer):
         return result
 
     def _create_default_callbacks(self) -> list[Any]:
-        """On a cluster that ends with this process nobody needs to clean up after a dead controller: the actor that would costs 4 s of CPU
-        time at start-up."""
+        """On a cluster that ends with this process nobody but `with_new_controllers` needs to clean up after a dead controller: the actor
+        that would costs 4 s of CPU time at start-up."""
         found = super()._create_default_callbacks()
         streams = _Streams(self.train_run_context, partial(_open_stream, self._job, self._recipe))
         found = [streams if isinstance(callback, DatasetsCallback) else callback for callback in found]
-        return [c for c in found if not (self._private and isinstance(c, PlacementGroupCleanerCallback))]
+        found = [c for c in found if not (self._private and isinstance(c, PlacementGroupCleanerCallback))]
+        return found if self._before is None else [recovery.AfterAnother(self._before), *found]
 
 
 class _Streams(DatasetsCallback):
@@ -135,7 +138,8 @@ def fit(
     Ray's trainer runs in a thread: in the main thread it would take over Ctrl-C, which here ends the run within seconds. Raises the
     worker's own HeadraceError where there is one, else TrainingError with the first lines of what Ray knows.
     """
-    trainer = _Trainer(
+    new_trainer = partial(
+        _Trainer,
         job,
         recipe,
         private_cluster=private_cluster,
@@ -159,7 +163,7 @@ def fit(
 
     def run() -> None:
         try:
-            trainer.fit()
+            with_new_controllers(job, lambda before: new_trainer(before).fit())
         except BaseException as error:
             outcome.append(error)
 

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray._private.state import state as ray_state
 from ray.train import FailureConfig, ScalingConfig
+from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, NoopDecision, ResizeDecision, ScalingDecision
@@ -46,8 +47,8 @@ _budget: Budget | None = None
 
 
 def incident() -> Incident | None:
-    """Why the last group ended; None for the first. Asked when the next one is there: peers see their connections close many seconds before
-    Ray knows that a node is gone, and by now it does."""
+    """Why the last group ended; None for the run's first. Asked when the next one is there: peers see their connections close many seconds
+    before Ray knows that a node is gone, and by now it does."""
     global _incident, _nodes
     before, _nodes = _nodes, _living_nodes()
     if _incident is not None and _incident.cause == Cause.LOST_PEER.value and before - _nodes:
@@ -55,6 +56,17 @@ def incident() -> Incident | None:
         if _budget is not None:
             _budget.recast(Cause.LOST_PEER, Cause.NODE_LOST)
     return _incident
+
+
+class AfterAnother(ControllerCallback):
+    """In a controller that follows one whose process died: `before` says why. Its first group is not the run's first."""
+
+    def __init__(self, before: Incident) -> None:
+        self._before = before
+
+    def after_controller_start(self, train_run_context: TrainRunContext) -> None:
+        global _incident
+        _incident = self._before
 
 
 class Restarts(FailurePolicy):
@@ -69,7 +81,7 @@ class Restarts(FailurePolicy):
         global _incident, _not_before_s, _budget
         failure, now_s = _failure(training_failed_error), time.time()
         _budget = self._budget
-        verdict = self._budget.judge(failure, _furthest_step(self._job), now_s)
+        verdict = self._budget.judge(failure, furthest_step(self._job), now_s)
         logger.info("recovery: %s -> %s", failure, verdict)
         if verdict.gave_up is not None:
             if failure.cause is not Cause.REFUSED:
@@ -187,7 +199,7 @@ def _replace(error: TrainingFailedError, told: HeadraceError) -> None:
         error.controller_failure = told
 
 
-def _furthest_step(job: Job) -> int:
+def furthest_step(job: Job) -> int:
     """The last step that the run's files tell of; 0 where they cannot be read just now."""
     try:
         uri, s3 = join(job.run_uri, "metrics.jsonl"), job.config.s3
