@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import resource
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,8 +38,9 @@ from llm.train.tune.memory_model import worth_trying
 
 CPU_FRAC = 0.9  # of the memory that is free, where no limit is given
 STEPS_A_SIZE = 2  # the first makes the optimizer's moments, the second has them while it computes
-ROUNDS = 7  # of timing, size by size in turn: a neighbour's work on the machine meets all sizes alike
-TIMING_S = 40.0  # after which no further round begins
+ROUNDS = 25  # of timing, size by size in turn: a neighbour's work on the machine meets all sizes alike
+TIMING_S = 20.0  # after which no further round begins, once there are MIN_ROUNDS
+MIN_ROUNDS = 3
 DOCUMENTS_A_ROW = 4  # with data.isolate_documents, whose mask takes memory
 NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc", "alloc_failed", "can't start new thread")
 
@@ -93,10 +95,10 @@ def _timed(job: Job, engine: Engine, sizes: list[int]) -> Iterator[Event]:
     for rows, accumulation in cases:
         _step(job, engine, rows, accumulation)
     began_s = time.perf_counter()
-    for _ in range(ROUNDS):
+    for number in range(1, ROUNDS + 1):
         for rows, accumulation in cases:
             times[rows, accumulation].append(_step(job, engine, rows, accumulation))
-        if _agreed(int(time.perf_counter() - began_s > TIMING_S), dist.ReduceOp.MAX):
+        if _agreed(int(number >= MIN_ROUNDS and time.perf_counter() - began_s > TIMING_S), dist.ReduceOp.MAX):
             break
     for (rows, accumulation), step_s in times.items():
         yield Timed(rows, accumulation, tuple(step_s))
@@ -125,7 +127,7 @@ def _made_up(job: Job, mesh: Mesh, num_rows: int) -> Batch:
         segments += (torch.arange(width, dtype=torch.int32) * DOCUMENTS_A_ROW // width)[None]
     predicted = count_predicted(segments, isolate) * mesh.data_size
     start = TrainState()
-    return Batch(torch.from_numpy(ids), segments, predicted, start.cursor, np.zeros((0, 0), dtype=np.uint8), start.counts)
+    return Batch(torch.from_numpy(ids), segments, predicted, start.cursor, np.zeros((0, 0), dtype=np.uint8), Counter())
 
 
 def _agreed(value: int, how: dist.ReduceOp.RedOpType) -> int:

@@ -12,7 +12,7 @@ from llm.observe.page import escaped, page, picture, section, table
 from llm.observe.tune_charts import memory_chart, speed_chart, trade_off_chart
 from llm.train.tune.advice import Advice, Batch
 from llm.train.tune.collect import Measured
-from llm.train.tune.memory_model import fit_line
+from llm.train.tune.memory_model import MAX_PROBES, fit_line
 from llm.train.tune.noise_scale import NoiseScale, StepNorms
 
 GIB = 1 << 30
@@ -51,7 +51,7 @@ def summary_table(found: Findings) -> list[tuple[str, str]]:
         ("hardware, layout", f"{found.hardware}; {_layout(found.config)}"),
         ("largest micro-batch that fits", f"{search.largest} rows: {search.peaks[search.largest or 0] / GIB:.2f} GiB{limit}"),
         ("the next larger one", _next_larger(found)),
-        ("probes", f"{search.probes} groups of processes; ran out of memory: {', '.join(map(str, sorted(search.failed))) or 'none'}"),
+        ("probes", f"{search.probes} of {MAX_PROBES} groups of processes; ran out of memory: {', '.join(map(str, sorted(search.failed))) or 'none'}"),
         ("tokens/s by micro-batch", ", ".join(f"{rows}: {rate:,.0f}" for rows, rate in advice.tokens_per_s.items())),
         ("knee (95% of the most)", f"{advice.microbatch_knee} rows a micro-batch; {advice.accumulation_knee} micro-batches a step"),
         ("micro-batch to use", f"{found.advice.now.microbatch_rows} rows: {found.advice.now.tokens_per_s:,.0f} tokens/s"),
