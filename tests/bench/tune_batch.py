@@ -61,7 +61,9 @@ def main() -> None:
     rates = _scan(job, limit, options.rounds)
     best, legal = max(rates, key=rates.__getitem__), list(rates)
     print(f"scan: largest that fits {legal[-1]}; tokens/s {{{', '.join(f'{rows}: {rate:,.0f}' for rows, rate in rates.items())}}}")
-    print(f"found is the largest or the next smaller: {found in legal[-2:]}; its tokens/s are {rates[found] / rates[best]:.3f} of the best's")
+    print(
+        f"found is the largest or the next smaller: {found in legal[-2:]}; its tokens/s are {rates[found] / rates[best]:.3f} of the best's"
+    )
 
 
 def _scan(job: Job, limit: int, rounds: int) -> dict[int, float]:

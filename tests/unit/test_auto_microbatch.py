@@ -1,6 +1,8 @@
-"""`train.microbatch_rows: auto` is decided once: by a measurement of the same model, layout and hardware, else by a rule; a run keeps it."""
+"""`train.microbatch_rows: auto` is decided once, by a measurement of the same setting, else by a rule; a run keeps what was decided."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
@@ -61,8 +63,7 @@ def test_what_only_changes_the_batch_or_the_name_keeps_the_measurement(tmp_path)
 def test_a_damaged_record_is_refused_by_name(tmp_path):
     uri = write_record(job(tmp_path), "one GPU", RECORD)
     for text in ("{", "{}", '{"measured": {"rows": 3}}'):
-        with open(uri, "w") as file:
-            file.write(text)
+        Path(uri).write_text(text)
         with pytest.raises(ConfigError, match="measure again with headrace tune_batch"):
             decide(job(tmp_path), "one GPU")
 

@@ -24,6 +24,7 @@ class Speed:
     microbatch_s: Mapping[int, float]
     update_s: float
     steps: Mapping[tuple[int, int], float]
+    spread_frac: float = 0.0  # by how much the median of a step's timings lies above the shortest: how busy the machine was
 
     def step_s(self, rows: int, accumulation: int) -> float:
         """Of one step of so many microbatches; measured where it was, else by the model."""
@@ -49,6 +50,7 @@ def speed_of(probes: Sequence[Samples]) -> Speed | None:
     each probe times a size again that one before it has.
     """
     merged: dict[tuple[int, int], float] = {}
+    spreads = [median(times) / min(times) - 1 for samples in probes for times in samples.values() if times]
     for samples in probes:
         here = {key: min(times) for key, times in samples.items() if times}
         common = [merged[key] / here[key] for key in here if key in merged]
@@ -65,7 +67,7 @@ def speed_of(probes: Sequence[Samples]) -> Speed | None:
         step_s = merged[rows, count]
         # The update is the median over sizes: for a small size on a busy machine, more than its whole step may be.
         microbatch_s[rows] = max(step_s - update_s, LEAST_FRAC * step_s) / count
-    return Speed(microbatch_s, update_s, merged)
+    return Speed(microbatch_s, update_s, merged, median(spreads))
 
 
 def with_size(speed: Speed, rows: int) -> Speed:
