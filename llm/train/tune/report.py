@@ -54,10 +54,7 @@ def summary_table(found: Findings) -> list[tuple[str, str]]:
         ("hardware, layout", f"{found.hardware}; {_layout(found.config)}"),
         ("largest micro-batch that fits", f"{search.largest} rows: {search.peaks[search.largest or 0] / GIB:.2f} GiB{limit}"),
         ("the next larger one", _next_larger(found)),
-        (
-            "probes",
-            f"{search.probes} of {MAX_PROBES} groups of processes; ran out of memory: {', '.join(map(str, sorted(search.failed))) or 'none'}",
-        ),
+        ("probes", f"{search.probes} of {MAX_PROBES} groups of processes; ran out of memory: {failed}"),
         ("tokens/s by micro-batch", rates + _busy(found)),
         ("knee (95% of the most)", f"{advice.microbatch_knee} rows a micro-batch; {advice.accumulation_knee} micro-batches a step"),
         ("micro-batch to use", f"{found.advice.now.microbatch_rows} rows: {found.advice.now.tokens_per_s:,.0f} tokens/s"),
