@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from jobs import tune_batch
 from jobs.pretrain import main as pretrain
 from jobs.train_tokenizer import main as train_tokenizer
+from llm.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -34,6 +36,21 @@ def test_the_tokenizer_command_trains_one(tmp_path, monkeypatch):
     (tmp_path / "runs").symlink_to(ROOT / "runs")  # the corpus is there already
     assert train_tokenizer(shlex.split(command)[3:]) == 0
     assert Path("my-tokenizer/tokenizer.json").exists()
+
+
+def test_the_tune_batch_command_loads_its_run(monkeypatch, capsys):
+    seen = []
+
+    def tune(config, *options):
+        seen.append((config, options))
+        raise ConfigError("far enough")
+
+    command = next(c for c in COMMANDS if "jobs.tune_batch" in c)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(tune_batch, "tune", tune)
+    assert tune_batch.main(shlex.split(command)[3:]) == 2
+    assert capsys.readouterr().err == "error: far enough\n"
+    assert seen[0][0].rank_rows == 24 and seen[0][1][1:] == (None, 60, False)
 
 
 def test_every_file_that_is_named_exists():

@@ -67,7 +67,8 @@ def advise(
     speed = with_size(speed, fits_rows)
     rates = speed.for_rank_rows(batch_rows // data_size, row_tokens, data_size)
     rates = {rows: rate for rows, rate in rates.items() if rows <= fits_rows}
-    rows = best_rows(rates, fits_rows, SLACK_FRAC)
+    # What the timings cannot tell apart is no reason to leave the largest.
+    rows = best_rows(rates, fits_rows, max(SLACK_FRAC, speed.spread_frac / 2))
     by_accumulation = {2**n: speed.tokens_per_s(rows, 2**n, row_tokens, data_size) for n in range(8)}
     critical = max(LEAST_ROWS, noise.tokens / tokens_a_row) if noise and math.isfinite(noise.tokens) else None
     layout = _Layout(speed, data_size, row_tokens, rows, critical or math.inf)

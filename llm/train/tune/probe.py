@@ -38,8 +38,9 @@ from llm.train.tune.memory_model import worth_trying
 
 CPU_FRAC = 0.9  # of the memory that is free, where no limit is given
 STEPS_A_SIZE = 2  # the first makes the optimizer's moments, the second has them while it computes
-ROUNDS = 7  # of timing, size by size in turn: a neighbour's work on the machine meets all sizes alike
-TIMING_S = 40.0  # after which no further round begins
+ROUNDS = 25  # of timing, size by size in turn: a neighbour's work on the machine meets all sizes alike
+TIMING_S = 20.0  # after which no further round begins, once there are MIN_ROUNDS
+MIN_ROUNDS = 3
 DOCUMENTS_A_ROW = 4  # with data.isolate_documents, whose mask takes memory
 NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc", "alloc_failed", "can't start new thread")
 
@@ -94,10 +95,10 @@ def _timed(job: Job, engine: Engine, sizes: list[int]) -> Iterator[Event]:
     for rows, accumulation in cases:
         _step(job, engine, rows, accumulation)
     began_s = time.perf_counter()
-    for _ in range(ROUNDS):
+    for number in range(1, ROUNDS + 1):
         for rows, accumulation in cases:
             times[rows, accumulation].append(_step(job, engine, rows, accumulation))
-        if _agreed(int(time.perf_counter() - began_s > TIMING_S), dist.ReduceOp.MAX):
+        if _agreed(int(number >= MIN_ROUNDS and time.perf_counter() - began_s > TIMING_S), dist.ReduceOp.MAX):
             break
     for (rows, accumulation), step_s in times.items():
         yield Timed(rows, accumulation, tuple(step_s))

@@ -12,10 +12,11 @@ from llm.observe.page import escaped, page, picture, section, table
 from llm.observe.tune_charts import memory_chart, speed_chart, trade_off_chart
 from llm.train.tune.advice import Advice, Batch
 from llm.train.tune.collect import Measured
-from llm.train.tune.memory_model import fit_line
+from llm.train.tune.memory_model import MAX_PROBES, fit_line
 from llm.train.tune.noise_scale import NoiseScale, StepNorms
 
 GIB = 1 << 30
+BUSY_FRAC = 0.1
 _READING = (
     "Each point is a batch size, in rows: to the left fewer tokens, down less time (and, on hardware of a fixed size, less cost). The "
     "noise scale was measured early in training and grows as the loss falls: later, larger batches pay. A larger batch wants a larger "
@@ -47,12 +48,14 @@ def summary_table(found: Findings) -> list[tuple[str, str]]:
     search, advice = found.measured.search, found.advice
     limit = f" of {search.limit_bytes / GIB:.2f} GiB" if search.limit_bytes else ""
     line = fit_line(search.peaks)
+    rates = ", ".join(f"{rows}: {rate:,.0f}" for rows, rate in advice.tokens_per_s.items())
+    failed = ", ".join(map(str, sorted(search.failed))) or "none"
     lines = [
         ("hardware, layout", f"{found.hardware}; {_layout(found.config)}"),
         ("largest micro-batch that fits", f"{search.largest} rows: {search.peaks[search.largest or 0] / GIB:.2f} GiB{limit}"),
         ("the next larger one", _next_larger(found)),
-        ("probes", f"{search.probes} groups of processes; ran out of memory: {', '.join(map(str, sorted(search.failed))) or 'none'}"),
-        ("tokens/s by micro-batch", ", ".join(f"{rows}: {rate:,.0f}" for rows, rate in advice.tokens_per_s.items())),
+        ("probes", f"{search.probes} of {MAX_PROBES} groups of processes; ran out of memory: {failed}"),
+        ("tokens/s by micro-batch", rates + _busy(found)),
         ("knee (95% of the most)", f"{advice.microbatch_knee} rows a micro-batch; {advice.accumulation_knee} micro-batches a step"),
         ("micro-batch to use", f"{found.advice.now.microbatch_rows} rows: {found.advice.now.tokens_per_s:,.0f} tokens/s"),
     ]
@@ -94,6 +97,7 @@ def as_json(found: Findings) -> dict[str, Any]:
         "accumulation_knee": advice.accumulation_knee,
         "microbatch_s": speed.microbatch_s if speed else None,
         "update_s": speed.update_s if speed else None,
+        "timings_spread_frac": speed.spread_frac if speed else None,
         "noise_scale": {**asdict(found.noise), "tokens_a_row": found.tokens_a_row} if found.noise else None,
         "critical_batch_rows": advice.critical_rows,
         "recommendation": {"set": found.settings, **asdict(advice.batch), "why": advice.why, "how_sure": advice.how_sure},
@@ -141,6 +145,11 @@ def _noise_lines(found: Findings) -> list[tuple[str, str]]:
         ("critical batch size, rows", f"{rows[0]} ({of}: {rows[1]} to {rows[2]}), from {noise.steps} steps"),
         ("critical batch size, tokens", f"{tokens[0]} ({of}: {tokens[1]} to {tokens[2]})"),
     ]
+
+
+def _busy(found: Findings) -> str:
+    spread = found.measured.speed.spread_frac if found.measured.speed else 0.0
+    return f" (a busy machine: timings of one step spread by {spread:.0%})" if spread > BUSY_FRAC else ""
 
 
 def _next_larger(found: Findings) -> str:

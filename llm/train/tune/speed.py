@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
+LEAST_FRAC = 0.05  # of a step, that its microbatches take at least
 KNEE_FRAC = 0.95  # of the most tokens/s
 
 Samples = Mapping[tuple[int, int], Sequence[float]]  # (rows, accumulation) -> seconds of each step that was timed
@@ -23,6 +24,7 @@ class Speed:
     microbatch_s: Mapping[int, float]
     update_s: float
     steps: Mapping[tuple[int, int], float]
+    spread_frac: float = 0.0  # by how much the median of a step's timings lies above the shortest: how busy the machine was
 
     def step_s(self, rows: int, accumulation: int) -> float:
         """Of one step of so many microbatches; measured where it was, else by the model."""
@@ -48,6 +50,7 @@ def speed_of(probes: Sequence[Samples]) -> Speed | None:
     each probe times a size again that one before it has.
     """
     merged: dict[tuple[int, int], float] = {}
+    spreads = [median(times) / min(times) - 1 for samples in probes for times in samples.values() if times]
     for samples in probes:
         here = {key: min(times) for key, times in samples.items() if times}
         common = [merged[key] / here[key] for key in here if key in merged]
@@ -60,12 +63,11 @@ def speed_of(probes: Sequence[Samples]) -> Speed | None:
     update_s = max(0.0, median(updates)) if updates else 0.0
     microbatch_s = {}
     for rows in sorted({rows for rows, _ in merged}):
-        alone, twice = merged.get((rows, 1)), merged.get((rows, 2))
-        own = twice - alone if alone is not None and twice is not None else 0.0
-        # A difference of two noisy times: where it is absurd, what is left of one step without the update.
-        longest = (alone if alone is not None else twice or 0.0) / (1 if alone is not None else 2)
-        microbatch_s[rows] = own if 0.5 * longest <= own <= 1.1 * longest else max(longest - update_s, 0.5 * longest)
-    return Speed(microbatch_s, update_s, merged)
+        count = 2 if (rows, 2) in merged else 1
+        step_s = merged[rows, count]
+        # The update is the median over sizes: for a small size on a busy machine, more than its whole step may be.
+        microbatch_s[rows] = max(step_s - update_s, LEAST_FRAC * step_s) / count
+    return Speed(microbatch_s, update_s, merged, median(spreads))
 
 
 def with_size(speed: Speed, rows: int) -> Speed:

@@ -1,0 +1,74 @@
+"""Under a memory limit the search finds the largest micro-batch that really fits, and a process that is killed is one more answer."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from llm.job import Job
+from llm.train.tune.collect import listen, search_largest
+from llm.train.tune.events import ProbeTask, Trying
+from llm.train.tune.memory_model import MAX_PROBES
+from tests.distributed.layouts import llama, make_config, make_job
+from tests.distributed.probes import LocalProbes, probe_main
+
+VOCAB, SEQ_LEN, TIMEOUT_S = 8192, 64, 300.0
+LIMIT = 560 << 20  # of which 400 MiB are libraries: about 10 rows of some 15 MiB
+
+
+def job_on(workers: int, tensor: int, zero_stage: int, rank_rows: int) -> Job:
+    config = make_config(
+        data={"seq_len": SEQ_LEN},
+        parallel={"workers": workers, "tensor": tensor, "zero_stage": zero_stage},
+        train={"batch_rows": rank_rows * workers // tensor, "microbatch_rows": 1},
+    )
+    job = make_job(config, llama(vocab_size=VOCAB, hidden_size=128, intermediate_size=256))
+    return replace(job, tokenizer=replace(job.tokenizer, vocab_size=VOCAB))
+
+
+@pytest.mark.parametrize(("workers", "tensor", "zero_stage"), [(2, 1, 3), (2, 2, 1)], ids=["zero3_dp2", "tp2"])
+def test_the_largest_that_fits_is_found_in_five_probes(workers, tensor, zero_stage):
+    job = job_on(workers, tensor, zero_stage, 48)
+    probes = LocalProbes(job)
+    measured = search_largest(48, LIMIT, probes, lambda told: None, TIMEOUT_S)
+    search = measured.search
+    assert search.largest is not None and 1 < search.largest < 48
+    assert len(probes.tasks) == search.probes <= MAX_PROBES
+    assert measured.speed is not None and measured.usable_rows in measured.speed.microbatch_s
+    # By themselves in fresh processes: what was found fits; a size above the next larger one does not.
+    place = search.legal.index(search.largest)
+    assert search.largest in run(probes, search.largest).peaks
+    above = search.legal[place + 2]
+    assert "allocate" in run(probes, above).failed[above]
+
+
+def run(probes: LocalProbes, rows: int) -> Any:
+    task = ProbeTask((rows,), (), LIMIT)
+    with probes(task) as ranks:
+        return listen(ranks, task, TIMEOUT_S)
+
+
+def killed_at_4_rows(sender: Any, *args: Any) -> None:
+    class Deadly:
+        def send(self, event: Any) -> None:
+            sender.send(event)
+            if isinstance(event, Trying) and event.rows >= 4 and args[1].rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def close(self) -> None:
+            sender.close()
+
+    probe_main(Deadly(), *args)
+
+
+def test_a_killed_process_is_survived_and_bounds_the_search():
+    """As the kernel kills one for want of memory: without a word, while its peer waits for it."""
+    probes = LocalProbes(job_on(2, 1, 1, 8), killed_at_4_rows)
+    measured = search_largest(8, 4 << 30, probes, lambda told: None, TIMEOUT_S)
+    assert (measured.search.largest, list(measured.search.failed)) == (2, [4])
+    assert "exit code -9" in measured.search.failed[4]
+    assert measured.speed is not None and 2 in measured.speed.microbatch_s
