@@ -35,6 +35,7 @@ class Cause(Enum):
     HANG = "hang"
     STORAGE_FULL = "storage full"
     STORAGE = "storage"
+    CONTROLLER = "controller crash"  # of Ray's own process that starts and watches the workers; known to the driver
     CRASH = "worker crash"
     BUG = "program error"
     LOST_PEER = "lost connection"  # what a crash looks like from another worker
