@@ -11,7 +11,7 @@ import ray
 from ray._private.state import state as ray_state
 from ray._raylet import PlacementGroupID
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # pyright: ignore[reportAttributeAccessIssue]
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from llm.errors import RecoveryError, TrainingError
@@ -22,6 +22,7 @@ from llm.train.recovery import furthest_step, restarts_so_far
 
 END_S = 60.0  # for what the dead controller started; Ray ends it within a second
 LOOK_S = 0.1
+DEATHS = (RayActorError, OutOfMemoryError)  # of a controller, as its driver sees them: Ray's memory monitor kills controllers too
 GROUP_CLASSES = ("TrainController", "RayTrainWorker")
 
 
@@ -31,10 +32,12 @@ class Controllers:
     def __init__(self, job: Job) -> None:
         self._job, self._budget = job, Budget(job.config.recovery)
 
-    def after(self, death: RayActorError) -> Incident:
-        """Why another controller is started, when nothing of the dead one's group is left. RecoveryError where `recovery.max_crashes` or
-        `recovery.max_without_progress` is used up."""
-        failure, now_s = Failure(Cause.CONTROLLER, (), failure_of({0: death}).told), time.time()
+    def after(self, death: RayActorError | OutOfMemoryError) -> Incident:
+        """Why another controller is started, when nothing of the dead one's group is left. RecoveryError where `recovery.max_crashes`,
+        or `max_out_of_memory`, or `max_without_progress` is used up."""
+        found, now_s = failure_of({0: death}), time.time()
+        cause = found.cause if found.cause is Cause.OUT_OF_MEMORY else Cause.CONTROLLER
+        failure = Failure(cause, (), f"Ray Train's controller: {found.told}")
         verdict = self._budget.judge(failure, furthest_step(self._job), now_s)
         if verdict.gave_up is not None:
             raise RecoveryError(f"training ended by {verdict.gave_up}")

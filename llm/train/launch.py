@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 import ray.data
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 from ray.train import Result, RunConfig, ScalingConfig
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
@@ -34,7 +34,7 @@ from llm.errors import HeadraceError, TrainingError
 from llm.job import Job
 from llm.storage import join
 from llm.train import life, recovery
-from llm.train.controllers import Controllers
+from llm.train.controllers import DEATHS, Controllers
 from llm.train.elastic import with_workers
 from llm.train.life import Incident
 from llm.train.worker import DATASET, start_file, work
@@ -183,7 +183,7 @@ def _fit_through_controllers(new_trainer: Callable[[Incident | None], _Trainer],
         try:
             new_trainer(before).fit()
             return
-        except RayActorError as death:  # the controller's: what happens to its workers it tells in errors of its own
+        except DEATHS as death:  # of the controller: what happens to its workers it tells in errors of its own
             error = death.with_traceback(None)  # whose frames hold the dead actor's handle
         before = controllers.after(error)
 
