@@ -60,8 +60,9 @@ def test_a_node_that_will_be_taken_away_is_left_in_order_and_no_step_is_done_aga
         "parallel.tensor=1",
         "parallel.min_workers=1",
         "checkpoint.every_steps=1000",
-        "train.steps=400",
+        "train.steps=250",
         "recovery.max_crashes=0",
+        "recovery.hang_s=120",  # nothing is saved again before the end: a step that a busy machine makes long must not cost all
     )
     run.await_row("step", count=20, timeout_s=300)
     drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", nodes.cluster.address, "--node-id", leaver.node_id]
@@ -70,4 +71,4 @@ def test_a_node_that_will_be_taken_away_is_left_in_order_and_no_step_is_done_aga
     restart = rows_of(run.await_row("event", "restart", timeout_s=300), "event", "restart")[0]
     finish(run.process, 600)
     assert restart["cause"] in ("planned stop", "preemption") and restart["steps_redone"] == 0, restart
-    assert [step for step, _ in ledger(run.run)] == list(range(1, 401))
+    assert [step for step, _ in ledger(run.run)] == list(range(1, 251))
