@@ -59,6 +59,13 @@ def cluster_gpus() -> float:
     return ray.cluster_resources().get("GPU", 0.0)
 
 
+def head_address() -> str:
+    """host:port of the connected cluster's control service (GCS)."""
+    import ray
+
+    return ray.get_runtime_context().gcs_address
+
+
 def require_cpus(needed: int) -> None:
     """Refuses a plan that would wait for ever."""
     import ray

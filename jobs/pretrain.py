@@ -11,7 +11,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from cluster.connect import cluster_gpus, connected, is_private, require_cpus
+from cluster.connect import cluster_gpus, connected, head_address, is_private, require_cpus
+from cluster.head import HeadWatch
 from cluster.workers import plan_workers, total_cpus
 from llm.config import RunConfig
 from llm.config_file import dump_run, load_run
@@ -85,10 +86,6 @@ def _train(prepared: Prepared, watcher: RunWatcher, lease: Lease, ray_folder: Pa
     config = prepared.job.config
     parallel = config.parallel
 
-    def watch() -> None:
-        lease.require()
-        watcher.poll()
-
     least = parallel.min_workers or parallel.workers
     cpus = total_cpus(least if not is_private() else parallel.workers, config.data.windows_ahead)
     with ExitStack() as stack:
@@ -99,6 +96,13 @@ def _train(prepared: Prepared, watcher: RunWatcher, lease: Lease, ray_folder: Pa
         plan = plan_workers(least, parallel.tensor, cluster_gpus())
         watcher.progress.waiting("starting the workers")
         from llm.train.launch import WorkerResources, fit  # imports Ray, which must be connected first
+
+        head = HeadWatch(head_address())
+
+        def watch() -> None:
+            lease.require()
+            watcher.poll()
+            head.look()
 
         resources = WorkerResources(plan.cpus_per_worker, plan.gpus_per_worker)
         job = replace(prepared.job, fence=lease.fence.check)

@@ -17,10 +17,19 @@ from llm.metrics import MetricsTail, Row, file_reader, read_rows, rows_of
 
 def train_workers(pid: int) -> list[int]:
     """The processes below `pid` that Ray Train trains in."""
+    return _actors(pid, "RayTrainWorker")
+
+
+def controllers(pid: int) -> list[int]:
+    """The processes below `pid` of Ray Train's controllers: one, while a run trains."""
+    return _actors(pid, "TrainController")
+
+
+def _actors(pid: int, name: str) -> list[int]:
     found = []
     for child in psutil.Process(pid).children(recursive=True):
         try:
-            if "RayTrainWorker" in " ".join(child.cmdline()):
+            if name in " ".join(child.cmdline()):
                 found.append(child.pid)
         except psutil.Error:
             continue

@@ -34,7 +34,9 @@ from llm.errors import HeadraceError, TrainingError
 from llm.job import Job
 from llm.storage import join
 from llm.train import life, recovery
+from llm.train.controllers import DEATHS, Controllers
 from llm.train.elastic import with_workers
+from llm.train.life import Incident
 from llm.train.worker import DATASET, start_file, work
 
 
@@ -77,11 +79,11 @@ class WorkerResources:
 
 
 class _Trainer(DataParallelTrainer):
-    """With policies of our own in Ray's controller."""
+    """With policies of our own in Ray's controller. `before`: why the controller before it ended, None for the first."""
 
-    def __init__(self, job: Job, recipe: Recipe, *, private_cluster: bool, **options: Any) -> None:
+    def __init__(self, job: Job, recipe: Recipe, before: Incident | None, *, private_cluster: bool, **options: Any) -> None:
         super().__init__(work, train_loop_config={"job": job}, **options)
-        self._job, self._recipe, self._private = job, recipe, private_cluster
+        self._job, self._recipe, self._before, self._private = job, recipe, before, private_cluster
 
     def fit(self) -> Result:
         os.environ.setdefault(HEALTH_CHECK_INTERVAL_S_ENV_VAR, str(HEALTH_CHECK_S))
@@ -105,6 +107,7 @@ class _Trainer(DataParallelTrainer):
         found = super()._create_default_callbacks()
         streams = _Streams(self.train_run_context, partial(_open_stream, self._job, self._recipe))
         found = [streams if isinstance(callback, DatasetsCallback) else callback for callback in found]
+        found.append(recovery.Beginning(self._before))
         return [c for c in found if not (self._private and isinstance(c, PlacementGroupCleanerCallback))]
 
 
@@ -135,7 +138,8 @@ def fit(
     Ray's trainer runs in a thread: in the main thread it would take over Ctrl-C, which here ends the run within seconds. Raises the
     worker's own HeadraceError where there is one, else TrainingError with the first lines of what Ray knows.
     """
-    trainer = _Trainer(
+    new_trainer = partial(
+        _Trainer,
         job,
         recipe,
         private_cluster=private_cluster,
@@ -159,7 +163,7 @@ def fit(
 
     def run() -> None:
         try:
-            trainer.fit()
+            _fit_through_controllers(new_trainer, Controllers(job))
         except BaseException as error:
             outcome.append(error)
 
@@ -170,6 +174,18 @@ def fit(
         watch()
     if outcome:
         raise user_error(outcome[0])
+
+
+def _fit_through_controllers(new_trainer: Callable[[Incident | None], _Trainer], controllers: Controllers) -> None:
+    """Fits a trainer; another where the first one's controller died, and so on."""
+    before: Incident | None = None
+    while True:
+        try:
+            new_trainer(before).fit()
+            return
+        except DEATHS as death:  # of the controller: what happens to its workers it tells in errors of its own
+            error = death.with_traceback(None)  # whose frames hold the dead actor's handle
+        before = controllers.after(error)
 
 
 def _open_stream(job: Job, recipe: Recipe, workers: int) -> ray.data.Dataset:

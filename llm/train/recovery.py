@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray._private.state import state as ray_state
 from ray.train import FailureConfig, ScalingConfig
+from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, NoopDecision, ResizeDecision, ScalingDecision
@@ -23,6 +24,7 @@ from ray.train.v2.api.exceptions import ControllerError, PreemptionError, Traini
 from llm.checkpoint.store import CheckpointStore
 from llm.errors import HeadraceError, RecoveryError
 from llm.job import Job
+from llm.metrics import Row, rows_of
 from llm.metrics_file import parse_line
 from llm.storage import exists, join, read_bytes
 from llm.train import life
@@ -46,8 +48,8 @@ _budget: Budget | None = None
 
 
 def incident() -> Incident | None:
-    """Why the last group ended; None for the first. Asked when the next one is there: peers see their connections close many seconds before
-    Ray knows that a node is gone, and by now it does."""
+    """Why the last group ended; None for the command's first. Asked when the next is there: peers see their connections close many seconds
+    before Ray knows that a node is gone, and by now it does."""
     global _incident, _nodes
     before, _nodes = _nodes, _living_nodes()
     if _incident is not None and _incident.cause == Cause.LOST_PEER.value and before - _nodes:
@@ -55,6 +57,17 @@ def incident() -> Incident | None:
         if _budget is not None:
             _budget.recast(Cause.LOST_PEER, Cause.NODE_LOST)
     return _incident
+
+
+class Beginning(ControllerCallback):
+    """Tells a controller that follows a dead one why it is there."""
+
+    def __init__(self, incident: Incident | None) -> None:
+        self._incident = incident
+
+    def after_controller_start(self, train_run_context: TrainRunContext) -> None:
+        global _incident
+        _incident = self._incident
 
 
 class Restarts(FailurePolicy):
@@ -69,7 +82,7 @@ class Restarts(FailurePolicy):
         global _incident, _not_before_s, _budget
         failure, now_s = _failure(training_failed_error), time.time()
         _budget = self._budget
-        verdict = self._budget.judge(failure, _furthest_step(self._job), now_s)
+        verdict = self._budget.judge(failure, furthest_step(self._job), now_s)
         logger.info("recovery: %s -> %s", failure, verdict)
         if verdict.gave_up is not None:
             if failure.cause is not Cause.REFUSED:
@@ -187,13 +200,25 @@ def _replace(error: TrainingFailedError, told: HeadraceError) -> None:
         error.controller_failure = told
 
 
-def _furthest_step(job: Job) -> int:
+def furthest_step(job: Job) -> int:
     """The last step that the run's files tell of; 0 where they cannot be read just now."""
     try:
-        uri, s3 = join(job.run_uri, "metrics.jsonl"), job.config.s3
-        saved = CheckpointStore(job.run_uri, s3).steps()[:1]
-        lines = read_bytes(uri, s3)[-TAIL_BYTES:].splitlines() if exists(uri, s3) else []
+        saved = CheckpointStore(job.run_uri, job.config.s3).steps()[:1]
     except HeadraceError:
         return 0
-    rows = (parse_line(line) for line in lines)
-    return max([*saved, *(row["step"] for row in rows if row is not None and row["kind"] == "step")], default=0)
+    return max([*saved, *(row["step"] for row in _last_rows(job) if row["kind"] == "step")], default=0)
+
+
+def restarts_so_far(job: Job) -> int:
+    """The number of this command's last restart, as far as the last rows tell."""
+    restarts = rows_of(_last_rows(job), "event", "restart")
+    return restarts[-1].get("number", 0) if restarts else 0
+
+
+def _last_rows(job: Job) -> list[Row]:
+    try:
+        uri, s3 = join(job.run_uri, "metrics.jsonl"), job.config.s3
+        lines = read_bytes(uri, s3)[-TAIL_BYTES:].splitlines() if exists(uri, s3) else []
+    except HeadraceError:
+        return []
+    return [row for row in map(parse_line, lines) if row is not None]

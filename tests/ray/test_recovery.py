@@ -14,7 +14,7 @@ import pytest
 
 from llm.metrics import read_rows, rows_of
 from llm.observe.goodput import goodput
-from tests.kills import Watched, checkpoints, finish, ledger, train_workers
+from tests.kills import Watched, checkpoints, controllers, finish, ledger, train_workers
 from tests.small_run import start_run
 
 SETTINGS = (
@@ -58,6 +58,40 @@ def kill_campaign(recipe: Path, settings: tuple[str, ...], kills: int, seed: int
 
 def test_a_killed_worker_restarts_and_the_run_ends_the_same(recipe):
     kill_campaign(recipe, SETTINGS, kills=2, seed=1)
+
+
+def test_a_killed_controller_is_followed_by_another_and_the_run_ends_the_same(recipe):
+    """Of all processes the one that decides about restarts; a worker is killed before, so that the count of restarts has to go on."""
+    settings = (*SETTINGS, "train.steps=120")
+    finish(start_run(recipe, *settings, "run.name=whole"))
+    run = Watched(start_run(recipe, *settings, "run.name=killed"), recipe.parent / "runs" / "killed")
+    run.await_row("step", count=12)
+    run.kill_one(random.Random(0))
+    run.await_row("event", "restart")
+    run.await_row("step", count=12)
+    group = train_workers(run.process.pid)
+    os.kill(controllers(run.process.pid)[0], signal.SIGKILL)
+    restart = rows_of(run.await_row("event", "restart"), "event", "restart")[0]
+    assert not any(psutil.pid_exists(worker) for worker in group)
+    finish(run.process)
+    assert restart["cause"] == "controller crash" and restart["number"] == 2 and restart["down_s"] > 1, restart
+    assert ledger(run.run) == ledger(run.run.with_name("whole"))
+    assert checkpoints(run.run) == checkpoints(run.run.with_name("whole"))
+    spent = goodput(read_rows(run.run / "metrics.jsonl"))
+    assert spent.parts_s["down time"] > restart["down_s"] and spent.parts_s["other"] <= 0.01 * spent.wall_s, spent
+
+
+@pytest.mark.faults
+def test_a_controller_that_dies_too_often_ends_the_run(recipe):
+    run = Watched(start_run(recipe, *SETTINGS, "recovery.max_crashes=1"), recipe.parent / "runs" / "small")
+    run.await_row("step", count=12)
+    os.kill(controllers(run.process.pid)[0], signal.SIGKILL)
+    run.await_row("event", "restart")
+    run.await_row("step", count=3)
+    os.kill(controllers(run.process.pid)[0], signal.SIGKILL)
+    _, err = run.process.communicate(timeout=120)
+    assert run.process.returncode == 1
+    assert "controller crash" in err and "recovery.max_crashes=1 restarts in 24 hours are used up" in err and "Traceback" not in err, err
 
 
 @pytest.mark.faults
