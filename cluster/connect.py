@@ -74,6 +74,13 @@ def hardware() -> str:
     return "CPUs"
 
 
+def head_address() -> str:
+    """host:port of the connected cluster's control service (GCS)."""
+    import ray
+
+    return ray.get_runtime_context().gcs_address
+
+
 def require_cpus(needed: int) -> None:
     """Refuses a plan that would wait for ever."""
     import ray

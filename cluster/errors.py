@@ -7,3 +7,7 @@ class ClusterError(Exception):
     """What is wrong with the cluster, the values, and the nearest fix."""
 
     exit_code = 3
+
+
+class HeadLostError(ClusterError):
+    """The cluster's head does not answer any more."""

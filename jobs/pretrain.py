@@ -11,7 +11,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from cluster.connect import cluster_gpus, connected, hardware, is_private, require_cpus
+from cluster.connect import cluster_gpus, connected, hardware, head_address, is_private, require_cpus
+from cluster.head import HeadWatch
 from cluster.workers import plan_workers, total_cpus
 from llm.config import RunConfig
 from llm.config_file import dump_run, load_run
@@ -86,10 +87,6 @@ def pretrain(config: RunConfig, started_at_s: float) -> None:
 def _train(config: RunConfig, prepared: Prepared, watcher: RunWatcher, lease: Lease, ray_folder: Path) -> None:
     parallel = config.parallel
 
-    def watch() -> None:
-        lease.require()
-        watcher.poll()
-
     least = parallel.min_workers or parallel.workers
     cpus = total_cpus(least if not is_private() else parallel.workers, config.data.windows_ahead)
     with ExitStack() as stack:
@@ -103,6 +100,13 @@ def _train(config: RunConfig, prepared: Prepared, watcher: RunWatcher, lease: Le
             job = _with_microbatch(config, job, watcher)
         watcher.progress.waiting("starting the workers")
         from llm.train.launch import WorkerResources, fit  # imports Ray, which must be connected first
+
+        head = HeadWatch(head_address())
+
+        def watch() -> None:
+            lease.require()
+            watcher.poll()
+            head.look()
 
         resources = WorkerResources(plan.cpus_per_worker, plan.gpus_per_worker)
         fit(job, prepared.recipe, resources, str(ray_folder), watch, private_cluster=is_private())

@@ -17,11 +17,15 @@ from llm.metrics import MetricsTail, Row, file_reader, read_rows, rows_of
 
 def train_workers(pid: int) -> list[int]:
     """The processes below `pid` that Ray Train trains in."""
-    return actors(pid, "RayTrainWorker")
+    return _actors(pid, "RayTrainWorker")
 
 
-def actors(pid: int, name: str) -> list[int]:
-    """The processes below `pid` of the Ray actors whose class is called so."""
+def controllers(pid: int) -> list[int]:
+    """The processes below `pid` of Ray Train's controllers: one, while a run trains."""
+    return _actors(pid, "TrainController")
+
+
+def _actors(pid: int, name: str) -> list[int]:
     found = []
     for child in psutil.Process(pid).children(recursive=True):
         try:

@@ -41,11 +41,11 @@ def write_small_run(folder: Path) -> Path:
     return path
 
 
-def start_run(recipe: Path, *overrides: str) -> subprocess.Popen[str]:
-    """`jobs.pretrain` as a user starts it, in the recipe's folder: `run.storage: runs` is there."""
+def start_run(recipe: Path, *overrides: str, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """`jobs.pretrain` as a user starts it, in the recipe's folder: `run.storage: runs` is there. `before`: a command that starts it."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RAY_AUTH_MODE", "RAY_ADDRESS")}
     environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, "-m", "jobs.pretrain", "--config", str(recipe)]
+    command = [*before, sys.executable, "-m", "jobs.pretrain", "--config", str(recipe)]
     for override in overrides:
         command += ["--set", override]
     return subprocess.Popen(command, cwd=recipe.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -35,8 +35,8 @@ class Cause(Enum):
     HANG = "hang"
     STORAGE_FULL = "storage full"
     STORAGE = "storage"
+    CONTROLLER = "controller crash"  # of Ray's own process that starts and watches the workers; known to the driver
     CRASH = "worker crash"
-    CONTROLLER = "controller crash"
     BUG = "program error"
     LOST_PEER = "lost connection"  # what a crash looks like from another worker
     NO_ROOM = "no room for the workers"
@@ -162,7 +162,10 @@ class Budget:
             while recent and recent[0] < now_s - BUDGET_WINDOW_S:
                 recent.popleft()
             if len(recent) >= limit:
-                return Verdict(gave_up=f"{failure}; recovery.{key}={limit} restarts in 24 hours are used up. The same command goes on.")
+                first = "Free some space there. " if failure.cause is Cause.STORAGE_FULL else ""
+                return Verdict(
+                    gave_up=f"{failure}; recovery.{key}={limit} restarts in 24 hours are used up. {first}The same command goes on."
+                )
             recent.append(now_s)
         without = len(self.stuck)
         return Verdict(0.0 if without < 2 else min(LONGEST_WAIT_S, self.limits.first_wait_s * 2 ** (without - 2)))

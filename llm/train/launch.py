@@ -34,7 +34,7 @@ from llm.errors import HeadraceError, TrainingError
 from llm.job import Job
 from llm.storage import join
 from llm.train import life, recovery
-from llm.train.controllers import with_new_controllers
+from llm.train.controllers import DEATHS, Controllers
 from llm.train.elastic import with_workers
 from llm.train.life import Incident
 from llm.train.worker import DATASET, start_file, work
@@ -79,7 +79,7 @@ class WorkerResources:
 
 
 class _Trainer(DataParallelTrainer):
-    """With policies of our own in Ray's controller."""
+    """With policies of our own in Ray's controller. `before`: why the controller before it ended, None for the first."""
 
     def __init__(self, job: Job, recipe: Recipe, before: Incident | None, *, private_cluster: bool, **options: Any) -> None:
         super().__init__(work, train_loop_config={"job": job}, **options)
@@ -102,13 +102,13 @@ class _Trainer(DataParallelTrainer):
         return result
 
     def _create_default_callbacks(self) -> list[Any]:
-        """On a cluster that ends with this process nobody but `with_new_controllers` needs to clean up after a dead controller: the actor
-        that would costs 4 s of CPU time at start-up."""
+        """On a cluster that ends with this process nobody needs to clean up after a dead controller: the actor that would costs 4 s of CPU
+        time at start-up."""
         found = super()._create_default_callbacks()
         streams = _Streams(self.train_run_context, partial(_open_stream, self._job, self._recipe))
         found = [streams if isinstance(callback, DatasetsCallback) else callback for callback in found]
-        found = [c for c in found if not (self._private and isinstance(c, PlacementGroupCleanerCallback))]
-        return found if self._before is None else [recovery.AfterAnother(self._before), *found]
+        found.append(recovery.Beginning(self._before))
+        return [c for c in found if not (self._private and isinstance(c, PlacementGroupCleanerCallback))]
 
 
 class _Streams(DatasetsCallback):
@@ -163,7 +163,7 @@ def fit(
 
     def run() -> None:
         try:
-            with_new_controllers(job, lambda before: new_trainer(before).fit())
+            _fit_through_controllers(new_trainer, Controllers(job))
         except BaseException as error:
             outcome.append(error)
 
@@ -174,6 +174,18 @@ def fit(
         watch()
     if outcome:
         raise user_error(outcome[0])
+
+
+def _fit_through_controllers(new_trainer: Callable[[Incident | None], _Trainer], controllers: Controllers) -> None:
+    """Fits a trainer; another where the first one's controller died, and so on."""
+    before: Incident | None = None
+    while True:
+        try:
+            new_trainer(before).fit()
+            return
+        except DEATHS as death:  # of the controller: what happens to its workers it tells in errors of its own
+            error = death.with_traceback(None)  # whose frames hold the dead actor's handle
+        before = controllers.after(error)
 
 
 def _open_stream(job: Job, recipe: Recipe, workers: int) -> ray.data.Dataset:

@@ -24,6 +24,7 @@ from ray.train.v2.api.exceptions import ControllerError, PreemptionError, Traini
 from llm.checkpoint.store import CheckpointStore
 from llm.errors import HeadraceError, RecoveryError
 from llm.job import Job
+from llm.metrics import Row, rows_of
 from llm.metrics_file import parse_line
 from llm.storage import exists, join, read_bytes
 from llm.train import life
@@ -47,7 +48,7 @@ _budget: Budget | None = None
 
 
 def incident() -> Incident | None:
-    """Why the last group ended; None for the run's first. Asked when the next one is there: peers see their connections close many seconds
+    """Why the last group ended; None for the command's first. Asked when the next is there: peers see their connections close many seconds
     before Ray knows that a node is gone, and by now it does."""
     global _incident, _nodes
     before, _nodes = _nodes, _living_nodes()
@@ -58,15 +59,15 @@ def incident() -> Incident | None:
     return _incident
 
 
-class AfterAnother(ControllerCallback):
-    """In a controller that follows one whose process died: `before` says why. Its first group is not the run's first."""
+class Beginning(ControllerCallback):
+    """Tells a controller that follows a dead one why it is there."""
 
-    def __init__(self, before: Incident) -> None:
-        self._before = before
+    def __init__(self, incident: Incident | None) -> None:
+        self._incident = incident
 
     def after_controller_start(self, train_run_context: TrainRunContext) -> None:
         global _incident
-        _incident = self._before
+        _incident = self._incident
 
 
 class Restarts(FailurePolicy):
@@ -202,10 +203,22 @@ def _replace(error: TrainingFailedError, told: HeadraceError) -> None:
 def furthest_step(job: Job) -> int:
     """The last step that the run's files tell of; 0 where they cannot be read just now."""
     try:
-        uri, s3 = join(job.run_uri, "metrics.jsonl"), job.config.s3
-        saved = CheckpointStore(job.run_uri, s3).steps()[:1]
-        lines = read_bytes(uri, s3)[-TAIL_BYTES:].splitlines() if exists(uri, s3) else []
+        saved = CheckpointStore(job.run_uri, job.config.s3).steps()[:1]
     except HeadraceError:
         return 0
-    rows = (parse_line(line) for line in lines)
-    return max([*saved, *(row["step"] for row in rows if row is not None and row["kind"] == "step")], default=0)
+    return max([*saved, *(row["step"] for row in _last_rows(job) if row["kind"] == "step")], default=0)
+
+
+def restarts_so_far(job: Job) -> int:
+    """The number of this command's last restart, as far as the last rows tell."""
+    restarts = rows_of(_last_rows(job), "event", "restart")
+    return restarts[-1].get("number", 0) if restarts else 0
+
+
+def _last_rows(job: Job) -> list[Row]:
+    try:
+        uri, s3 = join(job.run_uri, "metrics.jsonl"), job.config.s3
+        lines = read_bytes(uri, s3)[-TAIL_BYTES:].splitlines() if exists(uri, s3) else []
+    except HeadraceError:
+        return []
+    return [row for row in map(parse_line, lines) if row is not None]

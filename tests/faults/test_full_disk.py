@@ -1,81 +1,72 @@
-"""A file system that really is full: the save fails as one of a full disk, nothing half-written is published, and with room it goes on.
-
-A tmpfs of a size of its own, so only where this process may mount one. Under gloo, without Ray: `failure_of` and `Budget` judge each end
-as Ray's controller has them do.
-"""
+"""A disk that is really full: saves fail, nothing is published in halves, and the run goes on when there is room again."""
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from llm.config import RecoverySection, RunConfig
-from llm.errors import HeadraceError
-from llm.train.causes import Budget, Cause, Verdict, failure_of
-from tests.distributed.checkpoint_runs import layout_config, open_store, train_run
-from tests.distributed.layouts import llama, run_ranks
+from llm.metrics import rows_of
+from tests.kills import Watched, checkpoints, finish, ledger
+from tests.small_disk import SmallDisk, small_disk
+from tests.small_run import start_run
 
-MODEL = llama(vocab_size=97, attention_dropout=0.1)
-STEPS, SAVE_EVERY = 10, 2
+SETTINGS = (
+    "train.steps=400",
+    "checkpoint.every_steps=10",
+    "checkpoint.keep=3",
+    "eval.rows=0",
+    "export.enabled=false",
+    "parallel.workers=2",
+    "recovery.max_without_progress=100",
+    "recovery.first_wait_s=0",
+)
+LESS_THAN_A_CHECKPOINT = 64 << 10  # of some 400 KB; enough for rows
 
-
-@dataclass
-class Disk:
-    folder: Path
-
-    def resize(self, num_bytes: int) -> None:
-        subprocess.run(["mount", "-o", f"remount,size={num_bytes}", str(self.folder)], check=True, capture_output=True)
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    try:
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(folder)], capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("no mount command here")
-    if mounted.returncode:
-        pytest.skip(f"this process may not mount a file system: {mounted.stderr.strip()}")
-    try:
-        yield Disk(folder)
-    finally:
-        subprocess.run(["umount", str(folder)], check=True, capture_output=True)
+def disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    with small_disk(tmp_path / "disk", 24 << 20) as disk:
+        yield disk
 
 
-def _rank(rank: int, world_size: int, config: RunConfig, run_uri: str) -> str:
-    return train_run(rank, world_size, config, run_uri, MODEL)
+def start(recipe: Path, disk: SmallDisk, *settings: str) -> Watched:
+    process = start_run(recipe, *SETTINGS, *settings, f"run.storage={disk.path}", before=disk.entering)
+    return Watched(process, disk.seen / "small")
 
 
-@pytest.mark.faults
-def test_a_full_disk_ends_the_run_with_its_name_and_with_room_the_run_ends_the_same(tmp_path: Path, disk: Disk):
-    config = layout_config((1, 1, 1), STEPS, {"every_steps": SAVE_EVERY, "keep": 2})
-    whole, run = tmp_path / "whole", disk.folder / "run"
-    expected = run_ranks(_rank, 1, config, str(whole))
-    checkpoint = whole / "checkpoints" / f"step-{STEPS:08d}"
-    disk.resize(sum(path.stat().st_size for path in checkpoint.iterdir()) * 3 // 2)
+def assert_ends_as_undisturbed(recipe: Path, run: Path) -> None:
+    finish(start_run(recipe, *SETTINGS, "run.name=whole"))
+    whole = recipe.parent / "runs" / "whole"
+    assert ledger(run) == ledger(whole)
+    assert checkpoints(run) == checkpoints(whole)
 
-    budget, verdict, failures = Budget(RecoverySection(max_storage_errors=2)), Verdict(), []
-    while verdict.gave_up is None:
-        with pytest.raises(HeadraceError) as raised:
-            run_ranks(_rank, 1, config, str(run))
-        failures.append(failure_of({0: raised.value}))
-        verdict = budget.judge(failures[-1], SAVE_EVERY, float(len(failures)))
-        assert open_store(str(run)).steps() == [SAVE_EVERY]
-    assert [failure.cause for failure in failures] == [Cause.STORAGE_FULL] * 3
-    for told in (
-        str(disk.folder),
-        "No space left on device",
-        "Free some space",
-        "recovery.max_storage_errors=2",
-        "The same command goes on",
-    ):
-        assert told in verdict.gave_up
 
-    disk.resize(256 << 20)
-    assert run_ranks(_rank, 1, config, str(run)) == expected
-    assert open_store(str(run)).steps() == [STEPS, STEPS - SAVE_EVERY]
+def test_a_run_finishes_by_itself_when_there_is_room_again_during_its_restarts(recipe: Path, disk: SmallDisk):
+    run = start(recipe, disk, "recovery.max_storage_errors=20")
+    run.await_row("step", count=25)
+    disk.fill(but_for_bytes=LESS_THAN_A_CHECKPOINT)
+    restart = rows_of(run.await_row("event", "restart"), "event", "restart")[0]
+    assert restart["cause"] == "storage full", restart
+    disk.make_room()
+    finish(run.process)
+    assert_ends_as_undisturbed(recipe, run.run)
+
+
+def test_a_run_whose_disk_stays_full_says_so_and_the_same_command_goes_on_when_there_is_room(recipe: Path, disk: SmallDisk):
+    run = start(recipe, disk, "recovery.max_storage_errors=1")
+    run.await_row("step", count=25)
+    disk.fill()
+    _, err = run.process.communicate(timeout=300)
+    assert run.process.returncode == 1, err
+    assert "storage full" in err and "No space left" in err and str(disk.path) in err and "Free some space there" in err, err
+    assert "recovery.max_storage_errors=1 restarts in 24 hours are used up" in err and "Traceback" not in err, err
+    published = list((run.run / "checkpoints").glob("step-*"))
+    assert published and all((folder / "MANIFEST.json").stat().st_size for folder in published), published
+    disk.make_room()
+    run = start(recipe, disk)
+    finish(run.process)
+    assert_ends_as_undisturbed(recipe, run.run)
