@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import tune_batch
+from jobs import sweep, tune_batch
 from jobs.pretrain import main as pretrain
 from jobs.train_tokenizer import main as train_tokenizer
 from llm.errors import ConfigError
@@ -36,6 +36,15 @@ def test_the_tokenizer_command_trains_one(tmp_path, monkeypatch):
     (tmp_path / "runs").symlink_to(ROOT / "runs")  # the corpus is there already
     assert train_tokenizer(shlex.split(command)[3:]) == 0
     assert Path("my-tokenizer/tokenizer.json").exists()
+
+
+def test_the_sweep_command_loads_its_sweep(monkeypatch, capsys):
+    command = next(c for c in COMMANDS if "jobs.sweep" in c)
+    seen = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sweep, "sweep", lambda found: seen.append(found) or 0)
+    assert sweep.main(shlex.split(command)[3:]) == 0, capsys.readouterr().err
+    assert seen[0].file.budget.trials == 8 and seen[0].trial(0, seen[0].space.draw(0, 0)).train.steps == 60
 
 
 def test_the_tune_batch_command_loads_its_run(monkeypatch, capsys):
