@@ -48,6 +48,9 @@ class ModelSection(Section):
     config: dict[str, Any] = Field(default_factory=dict, description="keys of the model's own config to override")
     init: Literal["random", "pretrained"] = "random"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    mup_base_width: int | None = Field(
+        default=None, ge=1, description="the hidden_size at which train.lr was found: wider models scale from there (llm/model/mup.py)"
+    )
 
 
 class TokenizerSection(Section):

@@ -31,6 +31,12 @@ def cross_checks(config: RunConfig) -> list[tuple[str, str]]:
         found.append(("model.preset", "give exactly one of model.preset and model.path"))
     if model.init == "pretrained" and model.path is None:
         found.append(("model.init", "model.init=pretrained needs model.path, a folder with weights. Or set model.init=random"))
+    if model.mup_base_width is not None and train.optimizer != "adamw":
+        text = f"model.mup_base_width scales learning rates as AdamW needs it, not {train.optimizer}. Nearest legal value: adamw"
+        found.append(("train.optimizer", text))
+    if model.mup_base_width is not None and model.init == "pretrained":
+        text = "model.mup_base_width says how initial weights are drawn, and model.init=pretrained draws none. Nearest legal value: null"
+        found.append(("model.mup_base_width", text))
     found += _budget_problems(config)
     if train.warmup_steps >= train.steps and train.warmup_steps:
         found.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llm.model.families import ALIASES, HIDDEN_IS_HEADS, ISOLATES, TENSOR_PARALLEL, WHY_NOT_SPLIT, field
+from llm.model.mup import mup_problems
 
 
 def check_model(
@@ -15,12 +16,14 @@ def check_model(
     seq_len: int,
     isolate: bool = False,
     attention: str = "sdpa",
+    mup_base_width: int | None = None,
 ) -> list[tuple[str, str]]:
     """Every broken rule between the model, the tokenizer, the rows and the tensor group: (key to change, message).
 
     `vocab_size` is the tokenizer's number of ids, `seq_len` the tokens a row that the model predicts, `tensor` the size
-    of a tensor group, `isolate` whether documents of a row are kept apart. Sizes that `config` leaves to its family's
-    defaults are not checked. An odd vocabulary needs no check: DeepSpeed splits the output matrix unevenly and right.
+    of a tensor group, `isolate` whether documents of a row are kept apart, `mup_base_width` the width to scale from.
+    Sizes that `config` leaves to its family's defaults are not checked. An odd vocabulary needs no check: DeepSpeed
+    splits the output matrix unevenly and right.
     """
     found = _number_problems(config)
     if found:
@@ -47,6 +50,8 @@ def check_model(
     found += _shape_problems(config)
     if isolate:
         found += _isolation_problems(config["model_type"], attention)
+    if mup_base_width is not None:
+        found += mup_problems(config, mup_base_width)
     if tensor > 1:
         found += _tensor_problems(config, tensor)
     return found

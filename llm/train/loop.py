@@ -117,7 +117,7 @@ def steps(
         got_s = time.perf_counter()
         if batch.cursor.began != state.cursor.began:
             state = replace(state, history=state.history.of_other_data())
-        watchdog.begin_step(state.step + 1)
+        watchdog.begin_step(state.step + 1, job.config.train.rows_at(state.step))
         # Dropout follows from the seed and the step, on every device and whatever went before; alike in a tensor group, which shares its
         # activations.
         torch.manual_seed(hash((job.config.run.seed, state.step, engine.mesh.data_rank)) % 2**63)

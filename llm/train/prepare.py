@@ -37,6 +37,7 @@ def prepare(config: RunConfig, run_uri: str, started_at_s: float) -> Prepared:
         seq_len=config.data.seq_len,
         isolate=config.data.isolate_documents,
         attention=config.model.attention,
+        mup_base_width=config.model.mup_base_width,
     )
     if problems:
         raise ConfigError("\n".join(message for _, message in problems))

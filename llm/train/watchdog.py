@@ -70,7 +70,8 @@ class Watchdog:
         self._thread_id = threading.get_ident()  # of the training thread, which makes us
         self._lock = threading.Lock()
         self._step, self._phase, self._since_s = 0, STARTING, time.monotonic()
-        self._steps_s: deque[float] = deque(maxlen=STEPS_KEPT)
+        self._rows = 1  # of the step
+        self._steps: deque[tuple[float, int]] = deque(maxlen=STEPS_KEPT)  # how long each took, and how many rows it had
         self._store: Any = None
         self._warm = self._curious = False
         self._reached_s = time.monotonic()  # the store, last
@@ -90,17 +91,17 @@ class Watchdog:
     def close(self) -> None:
         self._closed.set()
 
-    def begin_step(self, step: int) -> None:
-        """Training begins to work on `step`; the first two of a process are given `long_phase_s`."""
+    def begin_step(self, step: int, rows: int = 1) -> None:
+        """Training begins to work on `step`, of so many rows; the first two of a process are given `long_phase_s`."""
         with self._lock:
-            self._step, self._since_s = step, time.monotonic()
-            self._phase = STEP if self._steps_s else "first steps"
+            self._step, self._rows, self._since_s = step, rows, time.monotonic()
+            self._phase = STEP if self._steps else "first steps"
 
     def end_step(self) -> None:
         """What follows is still the step, as on a GPU its numbers may not be there yet, until a phase or the next step begins."""
         with self._lock:
             if self._warm:  # the first compiles, and fills pools of memory: it says nothing of the others
-                self._steps_s.append(time.monotonic() - self._since_s)
+                self._steps.append((time.monotonic() - self._since_s, self._rows))
             self._warm = True
 
     @contextmanager
@@ -118,7 +119,9 @@ class Watchdog:
         """How long what this rank is doing may take."""
         if self._phase != STEP:
             return self._long_phase_s
-        slowest = sorted(self._steps_s)[math.ceil(len(self._steps_s) * 0.99) - 1]
+        # A batch that has grown takes longer by as much, at most.
+        usual_s = sorted(step_s * max(1.0, self._rows / rows) for step_s, rows in self._steps)
+        slowest = usual_s[math.ceil(len(usual_s) * 0.99) - 1]
         return max(self._hang_s, HANG_STEPS * slowest)
 
     def _watch(self) -> None:
@@ -206,7 +209,7 @@ class Watchdog:
 class Unwatched:
     """For training that nobody watches."""
 
-    def begin_step(self, step: int) -> None: ...
+    def begin_step(self, step: int, rows: int = 1) -> None: ...
     def end_step(self) -> None: ...
     def phase(self, name: str) -> AbstractContextManager[None]:
         return nullcontext()

@@ -73,6 +73,21 @@ def no_hang(rank: int, world_size: int, logs: str) -> list[str]:
     return told
 
 
+def test_a_batch_that_has_grown_is_given_longer_by_as_much(tmp_path):
+    watchdog = Watchdog(0, 1, tmp_path, hang_s=1.0, long_phase_s=600, on_hang=lambda error: None)
+    for step in range(1, 5):
+        watchdog.begin_step(step, 8)
+        time.sleep(0.3)
+        watchdog.end_step()
+    watchdog.begin_step(5, 8)
+    of_8_rows_s = watchdog.allowed_s()
+    assert of_8_rows_s >= 5 * 0.3
+    watchdog.begin_step(5, 64)
+    assert watchdog.allowed_s() == pytest.approx(8 * of_8_rows_s)
+    watchdog.begin_step(5, 1)
+    assert watchdog.allowed_s() == of_8_rows_s, "a smaller one no less: what a step costs besides its rows stays"
+
+
 def test_a_rank_that_does_not_arrive_is_named_by_every_rank(tmp_path):
     found = run_ranks(work, WORLD, str(tmp_path), 1, "sleep")
     for rank, said in enumerate(found):
