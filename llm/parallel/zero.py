@@ -182,6 +182,7 @@ class Engine:
         have been made for more than one microbatch."""
         self.deepspeed.set_train_micro_batch_size(microbatch_rows)
         self.deepspeed.set_train_batch_size(microbatch_rows * microbatches * self.mesh.data_size)
+        self.deepspeed.micro_steps = 0  # a step ends where this count is a multiple of its microbatches: not in the middle of the next one
         self._loss_factor = float(self.mesh.data_size * microbatches)
 
     def step(self, lr_factor: float, may_update: Callable[[float], bool]) -> float:
