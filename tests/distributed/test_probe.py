@@ -13,7 +13,7 @@ from llm.job import Job
 from llm.train.tune.collect import listen, search_largest
 from llm.train.tune.events import ProbeTask, Trying
 from llm.train.tune.memory_model import MAX_PROBES
-from tests.distributed.layouts import llama, make_config, make_job
+from tests.distributed.layouts import llama, make_config, make_job, run_ranks
 from tests.distributed.probes import LocalProbes, probe_main
 
 VOCAB, SEQ_LEN, TIMEOUT_S = 8192, 64, 300.0
@@ -72,3 +72,38 @@ def test_a_killed_process_is_survived_and_bounds_the_search():
     assert (measured.search.largest, list(measured.search.failed)) == (2, [4])
     assert "exit code -9" in measured.search.failed[4]
     assert measured.speed is not None and 2 in measured.speed.microbatch_s
+
+
+def losses_rank(rank: int, world_size: int, config: Any, cuts: list[tuple[int, int]]) -> list[tuple[float, float]]:
+    """Loss and gradient norm of steps whose batches are cut into (rows, microbatches), by one engine."""
+    import torch
+
+    from llm.data.batches import count_predicted
+    from llm.parallel.mesh import Mesh
+    from llm.train.build import build_engine
+    from llm.train.guard import Judge
+    from llm.train.step import train_step
+    from llm.train.tune.probe import _made_up
+
+    mesh = Mesh(rank, world_size, 1)
+    job = make_job(config, llama())
+    engine = build_engine(job, mesh)
+    batch = _made_up(job, mesh, config.rank_rows)
+    assert batch.predicted_tokens == count_predicted(torch.ones_like(batch.ids), False) * world_size
+    found = []
+    for rows, microbatches in cuts:
+        engine.set_accumulation(rows, microbatches)
+        result = train_step(engine, batch, Judge(lambda loss: None, lambda norm: None), microbatch_rows=rows, isolate=False, lr_factor=1.0)
+        found.append((result.loss, result.grad_norm))
+    return found
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_an_engine_whose_accumulation_changes_trains_as_one_that_was_made_so(zero_stage):
+    config = make_config(parallel={"workers": 2, "zero_stage": zero_stage}, train={"microbatch_rows": 1})
+    same = run_ranks(losses_rank, 2, config, [(1, 4), (1, 4), (1, 4)])[0]
+    changed = run_ranks(losses_rank, 2, config, [(4, 1), (2, 2), (1, 4)])[0]
+    for (loss, norm), (other_loss, other_norm) in zip(same, changed, strict=True):
+        assert other_loss == pytest.approx(loss, abs=1e-5)
+        assert other_norm == pytest.approx(norm, rel=1e-4)
+    assert same[0][0] > same[2][0] + 1e-3  # the weights moved

@@ -6,6 +6,10 @@ With a critical batch size of B_crit, training to a given loss with batches of B
 
 so a batch of B_crit takes twice the fewest steps and twice the fewest tokens. With a measured time of a step, steps become time; on
 hardware of a fixed size, time is cost as well. S_min, E_min and the loss stay unknown: all figures are relative.
+
+The recommended batch is that of the shortest time on the hardware that was measured, never above the critical one. It is not always near
+B_crit: where more rows only mean more accumulation, at the same tokens/s, time grows as B + B_crit, and B_crit would take longer *and* more
+tokens. What B_crit tells is how far more data ranks pay, so it is reported beside.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from llm.train.tune.noise_scale import NoiseScale
 from llm.train.tune.speed import Speed, best_rows, knee, with_size
 
 SLACK_FRAC = 0.02  # tokens/s given up at most for the largest micro-batch
+WORTH_FRAC = 0.05  # of the time, for which a user's own batch size is left
 SURE, ROUGH = 2.0, 8.0  # high end over low end of the noise scale's interval
 LEAST_ROWS = 1 / 16  # of a critical batch size: less than a row is a row
 CURVE_ENDS = 16  # the curve goes from the critical batch size over this to so many times it
@@ -44,6 +49,7 @@ class Advice:
     tokens_per_s: Mapping[int, float]
     by_accumulation: Mapping[int, float]
     critical_rows: float | None
+    at_critical: Batch | None
     batch: Batch
     now: Batch
     curve: tuple[Batch, ...]
@@ -85,6 +91,7 @@ def advise(
         tokens_per_s=rates,
         by_accumulation=by_accumulation,
         critical_rows=critical,
+        at_critical=relative(layout.nearest(critical)) if critical else None,
         batch=relative(chosen),
         now=relative(now),
         curve=tuple(relative(batch) for batch in curve),
@@ -134,10 +141,13 @@ def _chosen(layout: _Layout, now: Batch, noise: NoiseScale | None, tokens_a_row:
     if not math.isfinite(noise.high_tokens):
         least = noise.low_tokens / tokens_a_row
         return now, f"the gradient cannot be told from noise yet, so train.batch_rows stays; the critical batch is above {least:.3g} rows"
-    low, high = noise.low_tokens / tokens_a_row, noise.high_tokens / tokens_a_row
-    if low <= now.rows <= high:
-        return now, "train.batch_rows lies within the interval of the critical batch size"
-    return layout.nearest(layout.critical), "the legal batch nearest to the critical batch size"
+    at_most = layout.nearest(layout.critical)
+    choices = [batch for batch in (*layout.curve(), at_most) if batch.rows <= at_most.rows]
+    shortest = min(batch.time for batch in choices)
+    if now.time <= (1 + WORTH_FRAC) * shortest:
+        return now, f"no batch brings the loss down in a time shorter by more than {WORTH_FRAC:.0%}"
+    best = min((batch for batch in choices if batch.time <= (1 + SLACK_FRAC) * shortest), key=lambda batch: batch.rows)
+    return best, "the shortest time to a loss on this hardware, at no more than the critical batch size"
 
 
 def _how_sure(noise: NoiseScale | None) -> str:

@@ -100,6 +100,7 @@ def as_json(found: Findings) -> dict[str, Any]:
         "timings_spread_frac": speed.spread_frac if speed else None,
         "noise_scale": {**asdict(found.noise), "tokens_a_row": found.tokens_a_row} if found.noise else None,
         "critical_batch_rows": advice.critical_rows,
+        "at_critical_batch": asdict(advice.at_critical) if advice.at_critical else None,
         "recommendation": {"set": found.settings, **asdict(advice.batch), "why": advice.why, "how_sure": advice.how_sure},
         "now": asdict(advice.now),
         "curve": [asdict(batch) for batch in advice.curve],
@@ -144,7 +145,16 @@ def _noise_lines(found: Findings) -> list[tuple[str, str]]:
     return [
         ("critical batch size, rows", f"{rows[0]} ({of}: {rows[1]} to {rows[2]}), from {noise.steps} steps"),
         ("critical batch size, tokens", f"{tokens[0]} ({of}: {tokens[1]} to {tokens[2]})"),
+        *_at_critical(found),
     ]
+
+
+def _at_critical(found: Findings) -> list[tuple[str, str]]:
+    batch = found.advice.at_critical
+    if batch is None:
+        return []
+    told = f"{batch.rows} rows: {batch.time:.2f} times the time and {batch.tokens:.2f} times the tokens of now, on this hardware"
+    return [("a batch of that size", f"{told}; up to it more data ranks pay")]
 
 
 def _busy(found: Findings) -> str:
