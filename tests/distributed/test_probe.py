@@ -74,7 +74,7 @@ def test_a_killed_process_is_survived_and_bounds_the_search():
     assert measured.speed is not None and 2 in measured.speed.microbatch_s
 
 
-def losses_rank(rank: int, world_size: int, config: Any, cuts: list[tuple[int, int]]) -> list[tuple[float, float]]:
+def losses_rank(rank: int, world_size: int, config: Any, cuts: list[int]) -> list[tuple[float, float]]:
     """Loss and gradient norm of steps whose batches are cut into so many rows, by one engine."""
     import torch
 
