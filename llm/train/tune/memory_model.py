@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 MAX_PROBES = 5
 CLIMB_RATIO = 2  # between the sizes of the first probe, which climbs within one process group
-UNSURE_FRAC = 0.08  # a size that the line puts so little above the limit is tried all the same
+UNSURE_FRAC = 0.2  # a size that the line puts so little above the limit is tried all the same: a climb's peaks are rather too high
 MARGIN_FRAC = 0.02  # of the limit, that the size to use leaves free
 RISE_FRAC = 0.002  # a peak that rises less is that of the start-up, or of a smaller size
 

@@ -70,6 +70,8 @@ def probe(job: Job, mesh: Mesh, task: ProbeTask) -> Iterator[Event]:
             yield Fits(rows, peaks[rows])
         sizes = [n for n in task.time if n in peaks or n not in task.climb]
         rows = max(sizes, default=rows)
+        if not torch.cuda.is_available():
+            memory.lift_limit()  # sizes that fit alone need not fit after one another, and what fits is known by now
         yield from _timed(job, engine, sizes)
     except Exception as error:
         if not is_out_of_memory(error):
