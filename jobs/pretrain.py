@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import tempfile
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from cluster.connect import cluster_gpus, connected, hardware, head_address, is_private, require_cpus
 from cluster.head import HeadWatch
 from cluster.workers import plan_workers, total_cpus
+from jobs.exit_code import exit_code_of, take_over_signals
 from llm.config import RunConfig
 from llm.config_file import dump_run, load_run
 from llm.job import Job
@@ -35,23 +35,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key: train.lr=1e-3")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     options = parser.parse_args(argv)
-    _take_over_signals()
-    try:
+
+    def run() -> int:
         config = load_run(options.config, options.set)
         if options.print_config:
             print(dump_run(config), end="")
-            return 0
-        pretrain(config, started_at_s)
-    except (KeyboardInterrupt, SystemExit):  # while it starts, Ray answers SIGTERM with an exit of its own
-        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    except Exception as error:
-        code = getattr(error, "exit_code", None)
-        if code is None:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return code
-    return 0
+        else:
+            pretrain(config, started_at_s)
+        return 0
+
+    return exit_code_of(run, "the same command goes on from the last checkpoint")
 
 
 def pretrain(config: RunConfig, started_at_s: float) -> None:
@@ -92,7 +85,7 @@ def _train(config: RunConfig, prepared: Prepared, watcher: RunWatcher, lease: Le
     with ExitStack() as stack:
         with watcher.progress.phase("connecting to Ray"):
             stack.enter_context(connected(cpus))
-        _take_over_signals()  # Ray has put its own handler in their place
+        take_over_signals()  # Ray has put its own handler in their place
         require_cpus(cpus)
         plan = plan_workers(least, parallel.tensor, cluster_gpus())
         job = replace(prepared.job, fence=lease.fence.check)
@@ -120,15 +113,6 @@ def _with_microbatch(config: RunConfig, job: Job, watcher: RunWatcher) -> Job:
     if told:
         watcher.progress.note(told)
     return replace(job, config=decided(job.config, at_most))
-
-
-def _take_over_signals() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
-
-
-def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import tempfile
 
 from cluster.connect import cluster_gpus, connected, is_private
 from cluster.workers import concurrent_trials, total_cpus
+from jobs.exit_code import exit_code_of, take_over_signals
+from llm.errors import TrainingError
 from llm.observe.quiet import quiet_search
 from llm.observe.sweep_report import write_sweep_report
 from llm.observe.sweep_table import SweepTable
@@ -29,19 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, metavar="FILE", help="the sweep, in YAML")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the run: train.steps=400")
     options = parser.parse_args(argv)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
-    try:
-        return sweep(load_sweep(options.config, options.set))
-    except (KeyboardInterrupt, SystemExit):
-        print("interrupted: the same command goes on with the trials that had not ended", file=sys.stderr)
-        return 130
-    except Exception as error:
-        code = getattr(error, "exit_code", None)
-        if code is None:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return code
+    return exit_code_of(
+        lambda: sweep(load_sweep(options.config, options.set)), "the same command goes on with the trials that had not ended"
+    )
 
 
 def sweep(asked: Sweep) -> int:
@@ -50,13 +41,13 @@ def sweep(asked: Sweep) -> int:
         study = Study(asked, searcher_of(asked), TRIAL_COMMAND, table.show)
         _search(study)
         table.show(study)
-        report = write_sweep_report(study)
-    best = best_of(study.trials)
+        report, path, best = write_sweep_report(study), join(asked.uri, "best.yaml"), best_of(study.trials)
+        if best is not None:
+            write_bytes(path, asked.best(study.configs[best.number]).encode(), asked.base.s3)
     if best is None:
-        print(f"error: no trial of {asked.uri} came to an evaluation; their causes stand above", file=sys.stderr)
-        return 1
-    path = join(asked.uri, "best.yaml")
-    write_bytes(path, asked.best(study.configs[best.number]).encode(), asked.base.s3)
+        raise TrainingError(
+            f"no trial of {asked.uri} came to an evaluation. Mend what ended them, see {report}, and choose another sweep.name."
+        )
     table.conclude(study, best, path, report)
     return 0
 
@@ -69,17 +60,12 @@ def _search(study: Study) -> None:
     cpus = TRIAL_CPUS + total_cpus(workers, base.data.windows_ahead)
     at_once = limit or max(1, (os.cpu_count() or 1) // workers)
     with tempfile.TemporaryDirectory() as folder, quiet_search(study.sweep.uri), connected(cpus * at_once):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _interrupt)  # Ray has put its own in their place
+        take_over_signals()  # Ray has put its own handlers in their place
         import ray
 
         if not is_private():
             at_once = concurrent_trials(limit, cpus, workers, ray.cluster_resources().get("CPU", 0.0), cluster_gpus())
         search(study, at_once, folder)
-
-
-def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

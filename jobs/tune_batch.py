@@ -10,12 +10,12 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cluster.connect import cluster_gpus, connected, hardware, is_private, require_cpus
-from cluster.errors import ClusterError
+from cluster.connect import cluster_gpus, connected, hardware, head_address, is_private, require_cpus
+from cluster.head import HeadWatch
 from cluster.workers import WorkerPlan, plan_workers, total_cpus
+from jobs.exit_code import exit_code_of, take_over_signals
 from llm.config import RunConfig
 from llm.config_file import load_run
-from llm.errors import HeadraceError
 from llm.observe.quiet import redirect_noise
 from llm.storage import is_s3, join, write_bytes
 from llm.train.prepare import Prepared, prepare
@@ -23,7 +23,7 @@ from llm.train.runs import run_uri
 from llm.train.tune.advice import advise
 from llm.train.tune.auto import Record, write_record
 from llm.train.tune.collect import Measured, search_largest
-from llm.train.tune.noise_scale import StepNorms, estimate, settled
+from llm.train.tune.noise_scale import StepNorms, estimate, without_the_start
 from llm.train.tune.norms_file import read_norms
 from llm.train.tune.plan import for_noise, for_probes, require_something_fits
 from llm.train.tune.report import Findings, as_json, as_page, recommendation, summary_table
@@ -41,17 +41,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=60, metavar="N", help="of the run that measures gradient noise; 0: none (default 60)")
     parser.add_argument("--keep-batch", action="store_true", help="recommend no other train.batch_rows")
     options = parser.parse_args(argv)
-    try:
+
+    def run() -> int:
         config = load_run(options.config, options.set)
-        found = tune(config, started_at_s, options.memory_gib, options.steps, options.keep_batch)
-        _write(found)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except (HeadraceError, ClusterError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+        _write(tune(config, started_at_s, options.memory_gib, options.steps, options.keep_batch))
+        return 0
+
+    return exit_code_of(run, "nothing of it is kept")
 
 
 def tune(config: RunConfig, started_at_s: float, memory_gib: float | None, steps: int, keep_batch: bool) -> Findings:
@@ -64,12 +60,13 @@ def tune(config: RunConfig, started_at_s: float, memory_gib: float | None, steps
     cpus = total_cpus(parallel.workers, data.windows_ahead)
     logs = Path(tempfile.gettempdir() if is_s3(uri) else uri) / "logs" / "driver.log"
     with redirect_noise(logs), tempfile.TemporaryDirectory() as ray_folder, connected(cpus):
+        take_over_signals()  # Ray has put its own handlers in their place
         require_cpus(cpus)
         plan, kind = plan_workers(parallel.workers, parallel.tensor, cluster_gpus()), hardware()
         measured = _probe(prepared, plan, None if memory_gib is None else int(memory_gib * 2**30))
         usable = require_something_fits(config, measured)
         norms = _noise(prepared, plan, usable, steps, ray_folder)
-    used = settled(norms)
+    used = without_the_start(norms)
     tokens_a_row = sum(n.big_tokens for n in used) / len(used) / config.train.batch_rows if used else float(data.seq_len)
     noise = estimate(used)
     assert measured.speed is not None, "what fits has been timed"
@@ -106,13 +103,17 @@ def _noise(prepared: Prepared, plan: WorkerPlan, at_most: int, steps: int, ray_f
         return []
     from llm.train.launch import WorkerResources, fit
 
+    head = HeadWatch(head_address())
     print(f"gradient noise: {job.noise_steps} steps on the run's own data, micro-batches of {job.config.microbatch_rows} rows")
-    fit(job, prepared.recipe, WorkerResources(plan.cpus_per_worker, plan.gpus_per_worker), ray_folder, _wait, private_cluster=is_private())
+    fit(
+        job,
+        prepared.recipe,
+        WorkerResources(plan.cpus_per_worker, plan.gpus_per_worker),
+        ray_folder,
+        head.look,
+        private_cluster=is_private(),
+    )
     return read_norms(job)
-
-
-def _wait() -> None:
-    """Nothing is shown while the run measures."""
 
 
 def _write(found: Findings) -> None:

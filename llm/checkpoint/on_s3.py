@@ -7,7 +7,6 @@ names that prefix, is the one act that publishes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -15,7 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from llm.checkpoint.layout import step_folder, step_of
-from llm.checkpoint.manifest import MANIFEST, EntryHasher, FileEntry
+from llm.checkpoint.manifest import MANIFEST, EntryHasher, FileEntry, Manifest
 from llm.config import S3Section
 from llm.errors import CheckpointError, DamagedCheckpointError
 from llm.retry import ShortReadError, patiently
@@ -110,8 +109,9 @@ class S3Checkpoints:
     def abandon(self, folder: str) -> None:
         """Nothing where the manifest names this attempt: it was published by a request of which no answer came."""
         step, _, attempt = folder.partition("/")
-        with suppress(DamagedCheckpointError):  # there is none
-            if json.loads(self._get(f"{step}/{MANIFEST}", None)).get("folder") == attempt:
+        with suppress(DamagedCheckpointError):  # there is none, or none that anybody could read
+            key = f"{step}/{MANIFEST}"
+            if Manifest.from_bytes(self._get(key, None), int(step_of(step) or 0), key).folder == attempt:
                 return
         self._delete_all(f"{folder}/")
         self._abort_uploads(f"{folder}/")

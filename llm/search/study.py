@@ -12,7 +12,7 @@ from llm.config import RunConfig
 from llm.errors import ConfigError
 from llm.search.sweep_config import Sweep
 from llm.search.trial import TrialRun
-from llm.search.trials import FAILED, FINISHED, RUNNING, STOPPED, Journal, Trial, curve_of
+from llm.search.trials import FAILED, FINISHED, RUNNING, STOPPED, Journal, Point, Trial, curve_of
 from llm.storage import join, read_bytes_or_none
 
 
@@ -87,10 +87,8 @@ class Study:
 
     def learn(self, number: int, result: Mapping[str, Any]) -> None:
         """An evaluation of a trial that runs."""
-        trial = self.trials[number]
-        if trial.status == RUNNING:
-            config = self.configs[number]
-            self.journal.trials[number] = replace(trial, curve=self._curve(trial, config), took_s=float(result.get("took_s", 0.0)))
+        if self.trials[number].status == RUNNING and "eval_loss" in result:
+            self.journal.learn(number, Point(result["step"], result["tokens"], result["eval_loss"]), result["took_s"])
             self._show(self)
 
     def end(self, number: int, status: str, cause: str, took_s: float) -> None:

@@ -53,7 +53,7 @@ class BudgetSection(Section):
 
     trials: int = Field(default=16, ge=1, le=100_000, description="repeats not counted")
     tokens: float | None = Field(default=None, gt=0, description="trained on, over all trials")
-    hours: float | None = Field(default=None, gt=0, description="of wall time, over all commands")
+    hours: float | None = Field(default=None, gt=0, description="of training, all trials together")
     dollars: float | None = Field(default=None, gt=0, description="needs dollars_per_worker_hour")
     dollars_per_worker_hour: float | None = Field(default=None, gt=0, description="what a worker's share of its node costs")
     max_concurrent: int | None = Field(default=None, ge=1, description="trials at once; None: as many as the cluster holds")
@@ -143,8 +143,8 @@ def _require_keys(sweep: Sweep) -> None:
         if key.startswith("run."):
             problems.append(f"  space.{key}: it is the sweep's own. Use sweep.repeats for several seeds")
             continue
-        errors = []
-        for value in domain.options():
+        errors, options = [], domain.options()
+        for value in options if domain.kind != "quantized" else [options[0], options[len(options) // 2], options[-1]]:
             try:
                 sweep.with_settings("the run", {key: value})
                 break

@@ -80,9 +80,11 @@ class Journal:
     def end(self, number: int, status: str, cause: str = "", took_s: float = 0.0) -> None:
         self._add({"kind": "end", "trial": number, "status": status, "cause": cause[:1000], "took_s": round(took_s, 1)})
 
-    def learn(self, number: int, points: list[Point], took_s: float) -> None:
-        """What a running trial has shown; its own metrics keep it."""
-        self.trials[number] = replace(self.trials[number], curve=tuple(points), took_s=took_s)
+    def learn(self, number: int, point: Point, took_s: float) -> None:
+        """What a running trial has shown; its own metrics keep it. One that goes on tells what it had shown before once more."""
+        trial = self.trials[number]
+        curve = (*(each for each in trial.curve if each.step < point.step), point)
+        self.trials[number] = replace(trial, curve=curve, took_s=took_s)
 
     def _add(self, row: dict[str, Any]) -> None:
         self._take(row)

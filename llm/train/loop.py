@@ -72,21 +72,7 @@ def train(
                 recorder.event("phase", name=name, phase_s=round(phase_s, 2))
         recorder.resume_at(start.step, incident, started)
         # After the restoring: it may have gone back to an older checkpoint, and the stream begins where that one stands.
-        fetcher = BatchFetcher(
-            reader,
-            mesh,
-            DataGroups(mesh),
-            start=start,
-            schedule=job.schedule,
-            num_batches=max(0, config.train.steps - start.step),
-            rank_rows_at=config.rank_rows_at,
-            unit_rows=config.rank_unit_rows,
-            seq_len=config.data.seq_len,
-            isolate=config.data.isolate_documents,
-            max_bad_frac=config.data.max_bad_frac,
-            stop=wish,
-            pace=clock.take,
-        )
+        fetcher = fetch_batches(job, mesh, reader, start, config.train.steps - start.step, stop=wish, pace=clock.take)
         recorder.event("start", total_steps=config.train.steps, workers=mesh.world_size, precision=precision, device=device_name)
         with checkpoints:
             return _train_and_save(job, engine, checkpoints, fetcher, recorder, start, watchdog)
@@ -94,6 +80,34 @@ def train(
         if fetcher is not None:
             fetcher.close()
         recorder.close()
+
+
+def fetch_batches(
+    job: Job,
+    mesh: Mesh,
+    reader: Reader | None,
+    start: TrainState,
+    num_batches: int,
+    stop: Callable[[], int] = lambda: 0,
+    pace: Callable[[], int] = lambda: 0,
+) -> BatchFetcher:
+    """The run's batches from `start` on, being fetched already; to be closed. All ranks must call it."""
+    config = job.config
+    return BatchFetcher(
+        reader,
+        mesh,
+        DataGroups(mesh),
+        start=start,
+        schedule=job.schedule,
+        num_batches=max(0, num_batches),
+        rank_rows_at=config.rank_rows_at,
+        unit_rows=config.rank_unit_rows,
+        seq_len=config.data.seq_len,
+        isolate=config.data.isolate_documents,
+        max_bad_frac=config.data.max_bad_frac,
+        stop=stop,
+        pace=pace,
+    )
 
 
 def steps(

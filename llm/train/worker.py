@@ -67,10 +67,8 @@ def _train(job: Job, mesh: Mesh, reader: ShardReader | None, start: TrainState, 
     import torch
     import torch.distributed as dist
 
-    if job.noise_steps:
-        from llm.train.tune.noise_run import measure_noise as train
-    else:
-        from llm.train.loop import train
+    from llm.train.loop import train
+    from llm.train.tune.noise_run import measure_noise
 
     phases["importing torch, DeepSpeed and transformers"] = time.perf_counter() - began_s
     local_rank, local_size = context.get_local_rank(), context.get_local_world_size()
@@ -84,7 +82,10 @@ def _train(job: Job, mesh: Mesh, reader: ShardReader | None, start: TrainState, 
     try:
         _require_tensor_groups_on_nodes(mesh, context.get_node_rank())
         watchdog.start(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-        train(job, mesh, reader, start, phases, incident=life.incident(), wish=life.wish, watchdog=watchdog)
+        if job.noise_steps:
+            measure_noise(job, mesh, reader, start, watchdog)
+        else:
+            train(job, mesh, reader, start, phases, incident=life.incident(), wish=life.wish, watchdog=watchdog)
     finally:
         watchdog.close()
         dist.destroy_process_group()

@@ -33,23 +33,11 @@ def open_store(run_uri: str) -> CheckpointStore:
 
 def batches_from(config: RunConfig, mesh: Any, first_step: int, num_steps: int) -> Any:
     """The batches of steps `first_step` .. , the same rows on every layout."""
-    from llm.data.batches import BatchFetcher, DataGroups
     from llm.state import TrainState
+    from llm.train.loop import fetch_batches
 
     reader = given(config, mesh, first_step, first_step + num_steps)
-    return BatchFetcher(
-        reader,
-        mesh,
-        DataGroups(mesh),
-        start=TrainState(step=first_step),
-        schedule=make_job(config, MODEL).schedule,
-        num_batches=num_steps,
-        rank_rows_at=config.rank_rows_at,
-        unit_rows=config.rank_unit_rows,
-        seq_len=config.data.seq_len,
-        isolate=False,
-        max_bad_frac=0.0,
-    )
+    return fetch_batches(make_job(config, MODEL), mesh, reader, TrainState(step=first_step), num_steps)
 
 
 def given(config: RunConfig, mesh: Any, first_step: int, end_step: int) -> Given | None:

@@ -188,29 +188,16 @@ def make_job(config: RunConfig, model_config: dict[str, Any], run_uri: str = "/n
 
 
 def train_rank(rank: int, world_size: int, config: RunConfig, model_config: dict[str, Any], seed: int) -> Result:
-    from llm.data.batches import BatchFetcher, DataGroups
     from llm.parallel.mesh import Mesh
     from llm.state import TrainState
-    from llm.train.loop import build_engine, steps
+    from llm.train.loop import build_engine, fetch_batches, steps
 
     mesh = Mesh(rank, world_size, config.parallel.tensor)
     job = make_job(config, model_config)
     engine = build_engine(job, mesh)
     ids, segments = unequal_rows(config.train.rows_before(config.train.steps), config.data.seq_len, seed)
     reader = None if mesh.tensor_rank else Given(blocks_of(ids, segments, config.rank_unit_rows, mesh.data_rank, mesh.data_size))
-    batches = BatchFetcher(
-        reader,
-        mesh,
-        DataGroups(mesh),
-        start=TrainState(),
-        schedule=job.schedule,
-        num_batches=config.train.steps,
-        rank_rows_at=config.rank_rows_at,
-        unit_rows=config.rank_unit_rows,
-        seq_len=config.data.seq_len,
-        isolate=config.data.isolate_documents,
-        max_bad_frac=0.0,
-    )
+    batches = fetch_batches(job, mesh, reader, TrainState(), config.train.steps)
     losses, norms, last = [], [], TrainState()
     for state, result, _ in steps(job, engine, batches, last, lambda before: 0):
         last = state

@@ -28,12 +28,13 @@ def measure_rank(rank: int, world_size: int, config: Any, run_uri: str, seed: in
     from llm.state import TrainState
     from llm.train.tune.noise_run import measure_noise
     from llm.train.tune.norms_file import read_norms
+    from llm.train.watchdog import Unwatched
 
     mesh = Mesh(rank, world_size, config.parallel.tensor)
     job = replace(make_job(config, llama(), run_uri), noise_steps=config.train.steps)
     ids, segments = unequal_rows(config.train.steps * config.train.batch_rows, config.data.seq_len, seed)
     reader = None if mesh.tensor_rank else Given(blocks_of(ids, segments, config.rank_rows, mesh.data_rank, mesh.data_size))
-    measure_noise(job, mesh, reader, TrainState())
+    measure_noise(job, mesh, reader, TrainState(), Unwatched())
     return read_norms(job)
 
 

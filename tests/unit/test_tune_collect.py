@@ -11,7 +11,7 @@ import pytest
 from llm.errors import ModelError, TrainingError
 from llm.train.tune import collect
 from llm.train.tune.collect import Found, listen, search_largest
-from llm.train.tune.events import Event, Fits, Limit, OutOfMemory, ProbeTask, RankDiedError, Stopped, Timed, Trying
+from llm.train.tune.events import Event, Fits, Limit, OutOfMemory, ProbeTask, RankDiedError, Timed, Trying
 from llm.train.tune.memory_model import MAX_PROBES, worth_trying
 
 TASK = ProbeTask((1, 2), (1, 2), 100)
@@ -81,7 +81,6 @@ def machine(memory, limit_bytes: int, dies: bool):
         yield Limit(limit_bytes)
         for rows in task.climb:
             if not worth_trying(peaks, rows, limit_bytes):
-                yield Stopped(rows)
                 break
             yield Trying(rows)
             if memory(rows) > limit_bytes:

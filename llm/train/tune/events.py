@@ -33,13 +33,6 @@ class Fits:
 
 
 @dataclass(frozen=True)
-class Stopped:
-    """The climb ended before this size, which the line puts above the limit."""
-
-    rows: int
-
-
-@dataclass(frozen=True)
 class OutOfMemory:
     """`rows` is 0 where not even the engine could be built."""
 
@@ -56,7 +49,7 @@ class Timed:
     step_s: tuple[float, ...]
 
 
-Event = Limit | Trying | Fits | Stopped | OutOfMemory | Timed
+Event = Limit | Trying | Fits | OutOfMemory | Timed
 
 
 class RankDiedError(Exception):

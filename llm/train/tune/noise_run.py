@@ -7,56 +7,33 @@ clipping. In a tensor group the squares of split parameters add up, and those of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llm.data.batches import Batch, BatchFetcher, DataGroups, Reader, count_predicted
+from llm.data.batches import Batch, Reader, count_predicted
 from llm.job import Job
 from llm.parallel.mesh import Mesh
 from llm.parallel.zero import Engine
 from llm.state import TrainState
 from llm.train.build import build_engine
-from llm.train.life import Incident
-from llm.train.loop import steps
+from llm.train.loop import fetch_batches, steps
 from llm.train.step import StepResult
 from llm.train.tune.noise_scale import StepNorms
 from llm.train.tune.norms_file import write_norms
 from llm.train.watchdog import Unwatched, Watchdog
 
 
-def measure_noise(
-    job: Job,
-    mesh: Mesh,
-    reader: Reader | None,
-    start: TrainState,
-    phases: Mapping[str, float] | None = None,
-    *,
-    incident: Incident | None = None,
-    wish: Callable[[], int] = lambda: 0,
-    watchdog: Watchdog | Unwatched | None = None,
-) -> TrainState:
-    """Trains `job.noise_steps` steps in the place of llm/train/loop.py's `train`, and writes their norms into the run's folder. Saves and
-    evaluates nothing: a group that fails begins again."""
-    config, watchdog, last = job.config, watchdog or Unwatched(), start
+def measure_noise(job: Job, mesh: Mesh, reader: Reader | None, start: TrainState, watchdog: Watchdog | Unwatched) -> TrainState:
+    """Trains `job.noise_steps` steps, and writes their norms into the run's folder; returns the last state. Saves and evaluates nothing: a
+    group that fails begins again."""
+    config, last = job.config, start
     engine = build_engine(job, mesh)
     squares = GradientSquares(engine, config.microbatch_rows, config.data.isolate_documents)
-    fetcher = BatchFetcher(
-        reader,
-        mesh,
-        DataGroups(mesh),
-        start=start,
-        schedule=job.schedule,
-        num_batches=min(job.noise_steps, config.train.steps),
-        rank_rows_at=config.rank_rows_at,
-        unit_rows=config.rank_unit_rows,
-        seq_len=config.data.seq_len,
-        isolate=config.data.isolate_documents,
-        max_bad_frac=config.data.max_bad_frac,
-    )
+    fetcher = fetch_batches(job, mesh, reader, start, min(job.noise_steps, config.train.steps))
     found: list[StepNorms] = []
     try:
         for state, result, _ in steps(job, engine, squares.watched(fetcher), start, lambda before: 0, watchdog=watchdog):

@@ -74,7 +74,7 @@ def estimate(norms: Sequence[StepNorms], confidence: float = 0.95) -> NoiseScale
     return NoiseScale(tokens, min(low, tokens), max(high, tokens), confidence, count, signal, noise)
 
 
-def settled(norms: Sequence[StepNorms]) -> list[StepNorms]:
+def without_the_start(norms: Sequence[StepNorms]) -> list[StepNorms]:
     """Without the first SETTLE_FRAC of them."""
     return list(norms[int(len(norms) * SETTLE_FRAC) :])
 

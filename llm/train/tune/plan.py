@@ -14,7 +14,7 @@ from llm.train.tune.noise_scale import small_batch_rows
 
 
 def for_probes(job: Job) -> Job:
-    """The run's job on its full layout, made for the smallest micro-batch: an engine made for several in a step can do with one."""
+    """The run's job on its full layout, whose probes choose the micro-batch themselves."""
     return replace(job, config=_fixed(job.config, 1), eval_rows=no_rows(job.config.data.seq_len))
 
 

@@ -33,7 +33,7 @@ from llm.state import TrainState
 from llm.train.build import build_engine
 from llm.train.guard import Judge
 from llm.train.step import train_step
-from llm.train.tune.events import Event, Fits, Limit, OutOfMemory, ProbeTask, Stopped, Timed, Trying
+from llm.train.tune.events import Event, Fits, Limit, OutOfMemory, ProbeTask, Timed, Trying
 from llm.train.tune.memory_model import worth_trying
 
 CPU_FRAC = 0.9  # of the memory that is free, where no limit is given
@@ -59,7 +59,6 @@ def probe(job: Job, mesh: Mesh, task: ProbeTask) -> Iterator[Event]:
         engine = build_engine(job, mesh)
         for rows in task.climb:
             if not worth_trying(peaks, rows, limit_bytes):
-                yield Stopped(rows)
                 break
             yield Trying(rows)
             memory.begin()

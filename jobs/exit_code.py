@@ -1,0 +1,33 @@
+"""How a job that trains ends: every error that is meant for users as one line on stderr, Ctrl-C and SIGTERM quietly."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+
+
+def exit_code_of(act: Callable[[], int], interrupted: str) -> int:
+    """What `act` returns; the exit code of the error that it raises; 130 where a signal ended it, of which `interrupted` tells the user."""
+    take_over_signals()
+    try:
+        return act()
+    except (KeyboardInterrupt, SystemExit):  # while it starts, Ray answers SIGTERM with an exit of its own
+        print(f"interrupted: {interrupted}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return code
+
+
+def take_over_signals() -> None:
+    """SIGINT and SIGTERM end the job. To be called again after connecting to Ray, which puts its own handlers in their place."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
