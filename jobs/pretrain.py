@@ -102,7 +102,7 @@ def _train(config: RunConfig, prepared: Prepared, watcher: RunWatcher, lease: Le
             head.look()
 
         resources = WorkerResources(plan.cpus_per_worker, plan.gpus_per_worker)
-        fit(job, prepared.recipe, resources, str(ray_folder), watch, private_cluster=is_private())
+        fit(job, prepared.recipe, resources, str(ray_folder), watch)
 
 
 def _with_microbatch(config: RunConfig, job: Job, watcher: RunWatcher) -> Job:

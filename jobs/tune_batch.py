@@ -10,7 +10,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cluster.connect import cluster_gpus, connected, hardware, head_address, is_private, require_cpus
+from cluster.connect import cluster_gpus, connected, hardware, head_address, require_cpus
 from cluster.head import HeadWatch
 from cluster.workers import WorkerPlan, plan_workers, total_cpus
 from jobs.exit_code import exit_code_of, take_over_signals
@@ -105,14 +105,7 @@ def _noise(prepared: Prepared, plan: WorkerPlan, at_most: int, steps: int, ray_f
 
     head = HeadWatch(head_address())
     print(f"gradient noise: {job.noise_steps} steps on the run's own data, micro-batches of {job.config.microbatch_rows} rows")
-    fit(
-        job,
-        prepared.recipe,
-        WorkerResources(plan.cpus_per_worker, plan.gpus_per_worker),
-        ray_folder,
-        head.look,
-        private_cluster=is_private(),
-    )
+    fit(job, prepared.recipe, WorkerResources(plan.cpus_per_worker, plan.gpus_per_worker), ray_folder, head.look)
     return read_norms(job)
 
 

@@ -49,8 +49,7 @@ class Controllers:
 def _await_end_of_group() -> None:
     """Frees the places of this driver's dead group, and returns when its actors are gone.
 
-    Ray ends what a dead actor owned, but keeps its placement groups until the whole job ends. (Its PlacementGroupCleaner, which private
-    clusters have not, knows of a group only once all workers have started.)
+    Ray ends what a dead actor owned, but keeps its placement groups until the whole job ends.
     """
     job_id, deadline_s = ray.get_runtime_context().get_job_id(), time.monotonic() + END_S
     while True:

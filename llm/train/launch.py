@@ -81,9 +81,9 @@ class WorkerResources:
 class _Trainer(DataParallelTrainer):
     """With policies of our own in Ray's controller. `before`: why the controller before it ended, None for the first."""
 
-    def __init__(self, job: Job, recipe: Recipe, before: Incident | None, *, private_cluster: bool, **options: Any) -> None:
+    def __init__(self, job: Job, recipe: Recipe, before: Incident | None, **options: Any) -> None:
         super().__init__(work, train_loop_config={"job": job}, **options)
-        self._job, self._recipe, self._before, self._private = job, recipe, before, private_cluster
+        self._job, self._recipe, self._before = job, recipe, before
 
     def fit(self) -> Result:
         os.environ.setdefault(HEALTH_CHECK_INTERVAL_S_ENV_VAR, str(HEALTH_CHECK_S))
@@ -102,13 +102,13 @@ class _Trainer(DataParallelTrainer):
         return result
 
     def _create_default_callbacks(self) -> list[Any]:
-        """On a cluster that ends with this process nobody needs to clean up after a dead controller: the actor that would costs 4 s of CPU
-        time at start-up."""
+        """Without Ray's PlacementGroupCleaner: the driver cleans up after a dead controller (llm/train/controllers.py), and Ray after a
+        dead driver. The cleaner is an actor that costs 4 s of CPU time at start-up and outlives a run that was interrupted."""
         found = super()._create_default_callbacks()
         streams = _Streams(self.train_run_context, partial(_open_stream, self._job, self._recipe))
         found = [streams if isinstance(callback, DatasetsCallback) else callback for callback in found]
         found.append(recovery.Beginning(self._before))
-        return [c for c in found if not (self._private and isinstance(c, PlacementGroupCleanerCallback))]
+        return [c for c in found if not isinstance(c, PlacementGroupCleanerCallback)]
 
 
 class _Streams(DatasetsCallback):
@@ -130,7 +130,6 @@ def fit(
     ray_folder: str,
     watch: Callable[[], None],
     *,
-    private_cluster: bool,
     poll_s: float = 0.5,
 ) -> None:
     """Runs the job to its end; `watch` is called every `poll_s` meanwhile, and once after.
@@ -142,7 +141,6 @@ def fit(
         _Trainer,
         job,
         recipe,
-        private_cluster=private_cluster,
         backend_config=RendezvousConfig(),
         scaling_config=ScalingConfig(
             num_workers=job.config.parallel.workers,
