@@ -121,6 +121,9 @@ class TrainSection(Section):
     tokens: int | None = Field(
         default=None, ge=1, description="in place of steps: as few steps as see at least these, rows x data.seq_len; padding counts"
     )
+    until_step: int | None = Field(
+        default=None, ge=1, description="ends the command there, saved; the schedule stays that of all steps. A later one goes on"
+    )
     batch_rows: int = Field(ge=1, description="sequences a step, over all data ranks; with batch_schedule: until its first stage")
     batch_schedule: list[BatchStage] = Field(default=[], description="other batch sizes from later steps on; the order stays as it is")
     microbatch_rows: int | Literal["auto"] = Field(default="auto", description="sequences a forward pass on one data rank")
@@ -149,6 +152,11 @@ class TrainSection(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     activation_checkpointing: bool = False
     compile: bool = Field(default=False, description="torch.compile; needs a GPU")
+
+    @property
+    def last_step(self) -> int:
+        """The step after which the command ends: the run's last, or an earlier one that `until_step` names."""
+        return min(self.until_step or self.steps, self.steps)
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -205,6 +213,11 @@ class CheckpointSection(Section):
     every_steps: int = Field(default=0, ge=0, description="0: only after the last step")
     keep: int = Field(default=3, ge=1, description="the newest that stay; the last two good ones always do")
     keep_every: int = Field(default=0, ge=0, description="those at multiples of these steps stay too; 0: none")
+    start_from: str | None = Field(
+        default=None,
+        min_length=1,
+        description="another run's checkpoint, RUN/checkpoints/step-00000096: a run without one of its own goes on from it, in any layout",
+    )
 
 
 class RecoverySection(Section):

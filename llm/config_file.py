@@ -37,12 +37,37 @@ MAY_CHANGE = (
     "train.microbatch_rows_at_most",
     "train.activation_checkpointing",
     "train.compile",
-    "checkpoint",
+    "train.until_step",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+    "checkpoint.keep_every",
     "recovery",
     "eval.every_steps",
     "export",
     "log",
     "s3",
+)
+# What may differ, besides, between a run and the one from whose checkpoint it starts (checkpoint.start_from): how the next steps move the
+# weights. What the weights are and which rows come next is the same.
+MAY_DIFFER = (
+    *MAY_CHANGE,
+    "checkpoint",
+    "guard",
+    "train.steps",
+    "train.tokens",
+    "train.lr",
+    "train.lr_batch_rule",
+    "train.lr_batch_rows",
+    "train.min_lr_frac",
+    "train.schedule",
+    "train.warmup_steps",
+    "train.warmup_frac",
+    "train.decay_frac",
+    "train.betas",
+    "train.eps",
+    "train.momentum",
+    "train.weight_decay",
+    "train.grad_clip",
 )
 ABSENT = "(absent)"
 MAX_DIGITS = 100
@@ -81,10 +106,10 @@ def dump_run(config: RunConfig) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 30)
 
 
-def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
+def config_differences(old: RunConfig, new: RunConfig, free: Sequence[str] = MAY_CHANGE) -> list[str]:
     """What makes a run resumed from `old` a different run under `new`: "train.lr: 0.003 -> 0.001", in section order.
 
-    Empty where `new` may go on from a checkpoint of `old`. What may change is listed, with its reasons, at MAY_CHANGE.
+    Empty where `new` may go on from a checkpoint of `old`. `free`: keys that may change, with those below them.
     """
     before, after = dict(_leaves(_values(old), "")), dict(_leaves(_values(new), ""))
     found: list[str] = []
@@ -92,12 +117,17 @@ def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
         was, now = before.get(key, ABSENT), after.get(key, ABSENT)
         if was == now and type(was) is type(now):
             continue
-        if any(key == free or key.startswith(free + ".") for free in MAY_CHANGE):
+        if is_below(key, free):
             continue
         if key in ("train.steps", "train.tokens") and new.train.steps >= old.train.steps:
             continue
         found.append(f"{key}: {_told(was)} -> {_told(now)}")
     return found
+
+
+def is_below(key: str, above: Sequence[str]) -> bool:
+    """Whether a dotted key is one of `above`, or below one."""
+    return any(key == each or key.startswith(each + ".") for each in above)
 
 
 def _values(config: RunConfig) -> dict[str, Any]:

@@ -126,9 +126,10 @@ EVENTS: dict[str, str] = {
     "data": "what became of the records of all windows begun so far; records, bad, and what cleaning counts",
     "slow_rank": "a rank's forward passes take much longer than the others', lastingly; rank, times (longer), step",
     "guard": "a step was bad; step, action (retried, skipped, or rolled back to a step), cause",
+    "started": "the run starts from another run's checkpoint; step (updates it holds), path",
     "restart": "training goes on from a checkpoint; step (updates it holds), reason, cause, steps_redone, redone_s (their time); after "
     "a failure in one command also down_s (since the last row before it), noticed_s (the part until the failure was known), phases, number",
-    "end": "the trainer is done; status (finished, stopped or failed), step, error",
+    "end": "the trainer is done; status (finished, or paused at train.until_step), step, error",
 }
 
 # No numbers: "ledger", the hash chain over all batches up to this step's, see llm/data/ledger.py; "outcome", what became of a batch that

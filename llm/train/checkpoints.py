@@ -5,9 +5,11 @@ from __future__ import annotations
 from types import TracebackType
 
 from llm.checkpoint.layout import Layout
-from llm.checkpoint.restore import restore_newest, restore_sound
+from llm.checkpoint.restore import restore_checkpoint, restore_newest, restore_sound
 from llm.checkpoint.save import CheckpointSaver
+from llm.checkpoint.start import start_store
 from llm.checkpoint.store import CheckpointStore
+from llm.checkpoint.together import bytes_of_first, together
 from llm.job import Job
 from llm.parallel.zero import Engine
 from llm.state import TrainState
@@ -25,21 +27,29 @@ class Checkpoints:
             engine.mesh.world_size, engine.mesh.tensor_size, config.parallel.zero_stage, engine.precision, config.train.optimizer
         )
         self._engine, self._recorder, self._watchdog = engine, recorder, watchdog
-        self._section = config.checkpoint
+        self._config, self._section = config, config.checkpoint
+        self.is_start = False  # whether what was restored is the checkpoint that the run starts from
         self._saver = CheckpointSaver(engine, self._layout, self.store, keep=self._section.keep, keep_every=self._section.keep_every)
         self._saved_step, self._due = 0, False
 
     def restore(self, at_most: int) -> TrainState:
-        """The state of the newest checkpoint that is whole, of at most so many steps, put back into the engine."""
-        state = restore_newest(self._engine, at_most, self._layout, self.store, self._tell)
-        self._saved_step = state.step
+        """The state of the newest checkpoint that is whole, of at most so many steps, put back into the engine; where the run has none,
+        that of the one that it starts from."""
+        if self._section.start_from is None or self._has_own():
+            state = restore_newest(self._engine, at_most, self._layout, self.store, self._tell)
+            self._saved_step = state.step
+            return state
+        self.is_start = True
+        state = self._restore_start(at_most + 1)
+        assert state is not None
+        self._recorder.event("started", step=state.step, path=self._section.start_from)
         return state
 
     def roll_back(self, before: int) -> int:
         """Puts the newest sound weights of before that step back; the step that they are of, 0 where there are none."""
         with self._watchdog.phase("going back to a checkpoint"):
             self._saver.wait_published()
-            state = restore_sound(self._engine, before, self._layout, self.store, self._tell)
+            state = restore_sound(self._engine, before, self._layout, self.store, self._tell) or self._restore_start(before)
         return state.step if state else 0
 
     def wait_snapshot(self) -> None:
@@ -66,6 +76,18 @@ class Checkpoints:
             self._saver.save_now(state)
         self._saver.wait_published()
         self._record()
+
+    def _has_own(self) -> bool:
+        """Whether rank 0 sees a checkpoint of this run."""
+        steps = together(self.store.steps, "list the checkpoints")
+        return bool(bytes_of_first(bytes(bool(steps))))
+
+    def _restore_start(self, before: int) -> TrainState | None:
+        """The state of the checkpoint that the run starts from, put back into the engine; None where it has none of before that step."""
+        found = together(lambda: start_store(self._config), "look for the checkpoint to start from")
+        if found is None or found[1] >= before:
+            return None
+        return restore_checkpoint(self._engine, found[1], self._layout, found[0])
 
     def _record(self) -> None:
         for saved in self._saver.finished():

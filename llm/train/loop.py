@@ -45,7 +45,8 @@ def train(
     wish: Callable[[], int] = lambda: 0,
     watchdog: Watchdog | Unwatched | None = None,
 ) -> TrainState:
-    """Trains from `start` (a fresh state, or the newest checkpoint's) to `train.steps`; returns the last state. All ranks must call it.
+    """Trains from `start` (a fresh state, or the newest checkpoint's) to `train.last_step`; returns the last state. All ranks must
+    call it.
 
     `reader` is this data rank's access to the stream, None on tensor peers. `phases`: what the start-up so far took, in seconds, for the
     record; `incident`: why the group before this one ended. Where `wish` is above 0 on any rank, all save and raise PlannedStop.
@@ -70,9 +71,9 @@ def train(
         if incident is None:
             for name, phase_s in started.items():
                 recorder.event("phase", name=name, phase_s=round(phase_s, 2))
-        recorder.resume_at(start.step, incident, started)
+        recorder.resume_at(start.step, incident, started, is_start=checkpoints.is_start)
         # After the restoring: it may have gone back to an older checkpoint, and the stream begins where that one stands.
-        fetcher = fetch_batches(job, mesh, reader, start, config.train.steps - start.step, stop=wish, pace=clock.take)
+        fetcher = fetch_batches(job, mesh, reader, start, config.train.last_step - start.step, stop=wish, pace=clock.take)
         recorder.event("start", total_steps=config.train.steps, workers=mesh.world_size, precision=precision, device=device_name)
         with checkpoints:
             return _train_and_save(job, engine, checkpoints, fetcher, recorder, start, watchdog)
@@ -183,7 +184,7 @@ def _train_and_save(
                 _evaluate(job, engine, recorder, state.step)
             evaluated_step = state.step
         checkpoints.after_step(state)
-        if batches.stop_asked and state.step < config.train.steps:
+        if batches.stop_asked and state.step < config.train.last_step:
             with watchdog.phase("save before a planned stop"):
                 checkpoints.save_last(state)
             raise PlannedStop(Wish(batches.stop_asked).told())
@@ -192,10 +193,10 @@ def _train_and_save(
         if evaluated_step < state.step:
             _evaluate(job, engine, recorder, state.step)
         checkpoints.save_last(state)
-        if config.export.enabled:
+        if config.export.enabled and state.step == config.train.steps:
             _export(job, engine, recorder, checkpoints.store, state)
     recorder.event("data", **{name: state.counts.get(name, 0) for name in COUNTED})
-    recorder.event("end", status="finished", step=state.step)
+    recorder.event("end", status="finished" if state.step == config.train.steps else "paused", step=state.step)
     return state
 
 

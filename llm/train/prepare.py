@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llm.config import RunConfig
+from llm.config import RunConfig, Section
 from llm.data.corpus import PlannedStream, evaluation_rows, plan_stream, with_builtin_corpus
 from llm.data.window import Recipe
 from llm.errors import ConfigError
@@ -27,7 +27,7 @@ class Prepared:
 
 def prepare(config: RunConfig, run_uri: str, started_at_s: float) -> Prepared:
     """Raises ConfigError with every problem of the model and its fit, TokenizerError, DataError or StorageError."""
-    config = _with_absolute_model_path(with_builtin_corpus(config))
+    config = _with_absolute_paths(with_builtin_corpus(config))
     tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.eos, config.s3)
     model = model_config(config.model, tokenizer.vocab_size, lambda uri: read_bytes(uri, config.s3))
     problems = check_model(
@@ -47,9 +47,13 @@ def prepare(config: RunConfig, run_uri: str, started_at_s: float) -> Prepared:
     return Prepared(job, stream.recipe, stream)
 
 
-def _with_absolute_model_path(config: RunConfig) -> RunConfig:
-    """Workers load pretrained weights by this path, and Ray Train gives them a current directory of their own."""
-    path = config.model.path
-    if path is None or is_s3(path):
-        return config
-    return config.model_copy(update={"model": config.model.model_copy(update={"path": local_path(path)})})
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Workers load pretrained weights and the checkpoint to start from by these paths, and Ray Train gives them a current directory of
+    their own."""
+    path, start = config.model.path, config.checkpoint.start_from
+    update: dict[str, Section] = {}
+    if path is not None and not is_s3(path):
+        update["model"] = config.model.model_copy(update={"path": local_path(path)})
+    if start is not None and not is_s3(start):
+        update["checkpoint"] = config.checkpoint.model_copy(update={"start_from": local_path(start)})
+    return config.model_copy(update=update)

@@ -53,17 +53,18 @@ class Recorder:
         if self._writer is not None:
             self._writer.write(eval_row(step=step, eval_loss=loss, eval_tokens=tokens, eval_s=eval_s))
 
-    def resume_at(self, step: int, incident: Incident | None, phases: Mapping[str, float]) -> None:
+    def resume_at(self, step: int, incident: Incident | None, phases: Mapping[str, float], *, is_start: bool = False) -> None:
         """Drops the rows after `step`, whose steps are done again, and writes what that and the time since the last row cost.
 
-        `incident`: why the group before this one ended, None where the command itself is new; `phases`: this group's start-up, in seconds.
+        `incident`: why the group before this one ended, None where the command itself is new; `phases`: this group's start-up, in seconds;
+        `is_start`: `step` is another run's, where this one starts.
         """
         if self._writer is None:
             return
         self.job.fence()
         rows = self._writer.rows()
         self._writer.truncate_after(step)
-        if not step and incident is None:
+        if (not step or is_start) and incident is None:
             return
         redone = [row for row in rows if row["kind"] in ("step", "eval") and row["step"] > step]
         steps_redone = [row for row in redone if row["kind"] == "step"]

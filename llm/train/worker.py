@@ -18,7 +18,7 @@ from typing import Any
 
 import ray.train
 
-from llm.checkpoint.newest import newest_state
+from llm.checkpoint.start import first_state
 from llm.checkpoint.store import CheckpointStore
 from llm.data.order import Cursor
 from llm.data.start_file import StartFile
@@ -54,7 +54,7 @@ def work(config: dict[str, Any]) -> None:
     mesh = Mesh(context.get_world_rank(), context.get_world_size(), job.config.parallel.tensor)
     with quiet_worker(_log_file(job, mesh.rank)):
         shard = ray.train.get_dataset_shard(DATASET)  # a barrier: every rank calls it, tensor peers get None
-        start = newest_state(CheckpointStore(job.run_uri, job.config.s3))
+        start = first_state(CheckpointStore(job.run_uri, job.config.s3), job.config)
         reader = None
         if shard is not None:
             reader = ShardReader(shard, job, mesh.data_rank)

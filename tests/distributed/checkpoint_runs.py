@@ -114,12 +114,12 @@ def train_run(
     import torch.distributed as dist
 
     from llm.checkpoint.fragments import Ownership
-    from llm.checkpoint.newest import newest_state
+    from llm.checkpoint.start import first_state
     from llm.parallel.mesh import Mesh
     from llm.train import loop
 
     mesh = Mesh(rank, world_size, config.parallel.tensor)
-    start = newest_state(open_store(run_uri))
+    start = first_state(open_store(run_uri), config)
     engines: list[Any] = []
     build = loop.build_engine
 

@@ -9,7 +9,11 @@ import pytest
 import zstandard
 
 from jobs.pretrain import main
+from llm.checkpoint.store import CheckpointStore
+from llm.config_file import load_run
 from llm.tokenizer import save_tokenizer, train_tokenizer
+from llm.train.runs import record_config
+from tests.made_checkpoint import publish
 
 RECIPE = """
 run:       {{name: bad, storage: {folder}/runs}}
@@ -68,6 +72,35 @@ def test_a_corrupt_zst_with_nothing_else_is_refused(recipe, capsys):
     (recipe.parent / "broken.jsonl.zst").write_bytes(b"\0" * len(good))
     assert main(["--config", str(recipe), "--set", f"data.sources.0.uri={recipe.parent}/broken.jsonl.zst"]) == 2
     assert "broken.jsonl.zst" in capsys.readouterr().err
+
+
+START = {
+    "another lr is fine, and then no step is left": (["train.lr=0.5"], ["holds 2 steps already", "train.steps=2"]),
+    "another seed": (["train.steps=9", "run.seed=5"], ["run.seed: 0 -> 5", "weights or stream are other ones"]),
+    "another width": (["train.steps=9", "model.config.hidden_size=32"], ["model.config.hidden_size"]),
+    "another batch": (["train.steps=9", "train.batch_rows=16"], ["train.batch_rows: 8 -> 16"]),
+    "another optimizer": (["train.steps=9", "train.optimizer=sgd"], ["optimizer=adamw there, sgd here"]),
+    "other rows held out": (["train.steps=9", "eval.rows=8"], ["eval.rows: 4 -> 8"]),
+    "no such step": (["train.steps=9", "checkpoint.start_from={run}/checkpoints/step-00000007"], ["is not there", "step-00000002"]),
+    "no checkpoint": (["checkpoint.start_from={run}"], ["is no checkpoint of a run", "RUN/checkpoints/step-00000096"]),
+    "other text": (["train.steps=9", "data.sources.0.uri={run}/../../a.jsonl"], ["data.sources.0.uri"]),
+}
+
+
+@pytest.mark.parametrize("case", START)
+def test_a_run_cannot_start_from_a_checkpoint_of_another_kind(case, recipe, capsys):
+    overrides, expected = START[case]
+    config = load_run(str(recipe))
+    run = recipe.parent / "runs" / "bad"
+    publish(CheckpointStore(str(run), config.s3), 2)
+    record_config(config)
+    argv = ["--config", str(recipe)]
+    for override in ("run.name=other", f"checkpoint.start_from={run}/checkpoints/step-00000002", *overrides):
+        argv += ["--set", override.format(run=run)]
+    assert main(argv) == 2
+    told = capsys.readouterr().err
+    for part in expected:
+        assert part in told
 
 
 def test_print_config_prints_and_trains_nothing(recipe, capsys):
