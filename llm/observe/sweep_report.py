@@ -35,12 +35,19 @@ def _page(study: Study) -> str:
             section("Loss of all trials", picture(curves_chart(trials, best.number), "evaluation loss of every trial over tokens")),
             section("Settings and loss", picture(parallel_chart(trials, keys, best.number), "parallel coordinates of settings and loss")),
         ]
-    if shares := importance(study.trials.values(), keys):
+    constant = [trial for trial in trials if not trial.takeovers]  # settings that changed on the way explain no loss
+    if shares := importance(constant, keys):
         told = "<p>The share of the differences in loss that each key explains by itself, at as many tokens as all trials have seen.</p>"
         parts.append(section("What matters", told + picture(importance_chart(shares), "importance of each key")))
     rows = "".join(_row(trial, keys) for trial in trials)
     heads = "".join(f"<td><b>{escaped(name)}</b></td>" for name in ("trial", *keys, "status", "tokens", "loss", "time"))
     parts.append(section("Trials", f"<table><tr>{heads}</tr>{rows}</table>"))
+    if taken := sorted((each for trial in trials for each in trial.takeovers), key=lambda each: (each.step, each.trial)):
+        told = "".join(
+            f"<li>at step {each.step} trial {each.trial:04d} took over from {each.of:04d}: {escaped(settings_line(each.settings))}</li>"
+            for each in taken
+        )
+        parts.append(section("Population", f"<ul>{told}</ul>"))
     cost = f", ${spent.dollars:,.2f}" if spent.dollars else ""
     parts.append(section("Cost", f"<p>{spent.tokens:,} tokens, {duration(spent.hours * 3600)} of training{cost}</p>"))
     if best is not None:

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from llm.config import RunConfig
 from llm.errors import ConfigError
+from llm.search.population import boundaries, takeovers
 from llm.search.sweep_config import Sweep
 from llm.search.trial import TrialRun
-from llm.search.trials import FAILED, FINISHED, RUNNING, STOPPED, Journal, Point, Trial, curve_of
+from llm.search.trials import FAILED, METRICS, PAUSED, RUNNING, STOPPED, Journal, Point, Trial, curve_of, took_s_of
 from llm.storage import join, read_bytes_or_none
 
-
-class Searcher(Protocol):
-    """What proposes settings. `told`: of trials that have ended, also those of earlier commands."""
-
-    def propose(self, number: int) -> dict[str, Any] | None:
-        """The settings of the `number`-th setting, from 0; None where there are no more."""
-        ...
-
-    def tell(self, settings: Mapping[str, Any], loss: float) -> None: ...
+# What proposes the settings of the n-th setting, from 0, given all trials so far; None where there are no more.
+Searcher = Callable[[int, Collection[Trial]], dict[str, Any] | None]
 
 
 @dataclass(frozen=True)
@@ -49,11 +42,13 @@ class Study:
         self.sweep, self._searcher, self._command, self._show = sweep, searcher, command, show
         self.journal = Journal(sweep.uri, sweep.base.s3, made_of)
         self.configs: dict[int, RunConfig] = {}
+        self._earlier_s: dict[int, float] = {}  # by trial: what its runs before the last took
         for trial in list(self.trials.values()):
             self._read_again(trial)
         self._to_begin = [trial.number for trial in self.trials.values() if trial.status != FAILED]
         self._settings = 1 + max((self._setting_of(trial) for trial in self.trials.values()), default=-1)
         self._repeats_left: list[tuple[dict[str, Any], int]] = self._unrepeated()
+        self._arrived: set[int] = set()  # of a population: those that have come to the end of the generation
         self.cut = ""  # which budget ended the sweep
 
     def __reduce__(self) -> tuple[type, tuple[str]]:
@@ -65,30 +60,79 @@ class Study:
         return self.journal.trials
 
     def next(self) -> TrialRun | None:
-        """The next trial to begin: those of an earlier command first, in their order, then new ones; None where the budget ends."""
-        if self._to_begin:
-            return self._run_of(self.trials[self._to_begin.pop(0)])
+        """The next trial to begin: those of an earlier command or of the next generation first, in their order, then new ones. None where
+        there is none now."""
+        run = self._begun_before() or self._proposed()
+        if run is None and self._is_population:
+            self._end_generation()
+            run = self._begun_before()
+        return run
+
+    @property
+    def waits(self) -> bool:
+        """Whether `next` may still give a trial after it gave none: the next generation waits for the last of this one."""
+        return self._is_population and not self.cut and any(trial.status == RUNNING for trial in self.trials.values())
+
+    def _begun_before(self) -> TrialRun | None:
+        while self._to_begin:
+            if run := self._run_or_fail(self.trials[self._to_begin.pop(0)]):
+                return run
+        return None
+
+    def _proposed(self) -> TrialRun | None:
         while not self.budget_used():
             if not self._repeats_left:
                 if self._settings >= self.sweep.file.budget.trials:
                     return None
-                settings = self._searcher.propose(self._settings)
+                settings = self._searcher(self._settings, self.trials.values())
                 if settings is None:
                     return None
                 self._settings += 1
                 self._repeats_left = [(settings, repeat) for repeat in range(self.sweep.file.sweep.repeats)]
             settings, repeat = self._repeats_left.pop(0)
-            trial = self.journal.begin(len(self.trials), settings, repeat)
-            try:
-                return self._run_of(trial)
-            except ConfigError as error:
-                self.end(trial.number, FAILED, str(error).splitlines()[-1].strip(), 0.0)
+            if run := self._run_or_fail(self.journal.begin(len(self.trials), settings, repeat)):
+                return run
         return None
+
+    def _run_or_fail(self, trial: Trial) -> TrialRun | None:
+        try:
+            return self._run_of(trial)
+        except ConfigError as error:
+            self.end(trial.number, FAILED, str(error).splitlines()[-1].strip(), 0.0)
+        return None
+
+    def _end_generation(self) -> None:
+        """Where all trials that go on have come to its end, those of the next one may begin."""
+        going = [trial for trial in self.trials.values() if trial.status == RUNNING]
+        if self.cut or not going or any(trial.number not in self._arrived for trial in going):
+            return
+        file, step = self.sweep.file, self._until_step
+        assert step is not None, "what has arrived at the last step has finished"
+        found = takeovers(going, step, file.scheduler.quantile_frac, self.sweep.space, file.sweep.seed)
+        for each in found:
+            self._earlier_s[each.trial] = self.trials[each.trial].took_s
+            del self.configs[each.trial]
+        self.journal.generation(step, found)
+        self._arrived.clear()
+        self._to_begin += [trial.number for trial in going]
+        self._show(self)
+
+    @property
+    def _is_population(self) -> bool:
+        return self.sweep.file.scheduler.kind == "pbt"
+
+    @property
+    def _until_step(self) -> int | None:
+        """Where the generation ends that trains now; None for the last."""
+        base = self.sweep.base
+        ends = boundaries(base.train.steps, self.sweep.steps_between(base)) if self._is_population else []
+        return next((step for step in ends if step > self.journal.generation_step), None)
 
     def learn(self, number: int, result: Mapping[str, Any]) -> None:
         """An evaluation of a trial that runs."""
         if self.trials[number].status == RUNNING and "eval_loss" in result:
-            self.journal.learn(number, Point(result["step"], result["tokens"], result["eval_loss"]), result["took_s"])
+            took_s = self._earlier_s.get(number, 0.0) + result["took_s"]
+            self.journal.learn(number, Point(result["step"], result["tokens"], result["eval_loss"]), took_s)
             self._show(self)
 
     def end(self, number: int, status: str, cause: str, took_s: float) -> None:
@@ -97,10 +141,10 @@ class Study:
             return
         if status == STOPPED and self.cut:
             return  # not the scheduler's decision: with more budget it goes on
-        self.journal.end(number, status, cause, took_s)
-        trial = self.trials[number]
-        if status != FAILED and math.isfinite(trial.loss):
-            self._searcher.tell(trial.settings, trial.loss)
+        if status == PAUSED:
+            self._arrived.add(number)
+        else:
+            self.journal.end(number, status, cause, self._earlier_s.get(number, 0.0) + took_s)
         self._show(self)
 
     def spent(self) -> Spent:
@@ -126,8 +170,9 @@ class Study:
     def _run_of(self, trial: Trial) -> TrialRun:
         from llm.config_file import dump_run
 
-        config = self.configs.get(trial.number) or self._config_of(trial)
-        self.configs[trial.number] = config
+        config = self.configs.setdefault(trial.number, self.configs.get(trial.number) or self.sweep.trial(trial))
+        if trial.status == RUNNING:
+            config = config.model_copy(update={"train": config.train.model_copy(update={"until_step": self._until_step})})
         return TrialRun(
             trial.number,
             join(config.run.storage, config.run.name),
@@ -137,23 +182,21 @@ class Study:
             "" if trial.status == RUNNING else trial.status,
         )
 
-    def _config_of(self, trial: Trial) -> RunConfig:
-        config = self.sweep.trial(trial.number, dict(trial.settings))
-        return config.model_copy(update={"run": config.run.model_copy(update={"seed": config.run.seed + trial.repeat})})
-
     def _read_again(self, trial: Trial) -> None:
         """What a trial of an earlier command had come to."""
         try:
-            config = self.configs[trial.number] = self._config_of(trial)
+            config = self.configs[trial.number] = self.sweep.trial(trial)
         except ConfigError:
             return  # it has failed by this
-        self.journal.trials[trial.number] = replace(trial, curve=self._curve(trial, config))
-        if trial.status in (FINISHED, STOPPED):
-            self._searcher.tell(trial.settings, self.trials[trial.number].loss)
-
-    def _curve(self, trial: Trial, config: RunConfig) -> tuple[Any, ...]:
-        data = read_bytes_or_none(join(config.run.storage, config.run.name, "metrics.jsonl"), config.s3) or b""
-        return curve_of(data, config)
+        curve, took_s = (), []
+        for number, name in enumerate(trial.run_names):
+            data = read_bytes_or_none(join(config.run.storage, name, METRICS), config.s3) or b""
+            until = trial.takeovers[number].step if number < len(trial.takeovers) else config.train.steps
+            curve += tuple(point for point in curve_of(data, config) if point.step <= until)
+            took_s.append(took_s_of(data))
+        self._earlier_s[trial.number] = sum(took_s[:-1])
+        took = sum(took_s) if trial.status == RUNNING else trial.took_s
+        self.journal.trials[trial.number] = replace(trial, curve=curve, took_s=took)
 
     def _setting_of(self, trial: Trial) -> int:
         return trial.number // self.sweep.file.sweep.repeats

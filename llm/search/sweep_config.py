@@ -19,10 +19,13 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from llm.checkpoint.layout import step_folder
 from llm.config import RunConfig, Section
 from llm.config_file import dump_run, parse_run, read_mapping, read_text
 from llm.errors import ConfigError
+from llm.search.population import boundaries, foreign_keys
 from llm.search.space import Space, parse_space
+from llm.search.trials import Trial
 from llm.storage import is_s3, join, local_path
 
 
@@ -33,19 +36,22 @@ class SweepSection(Section):
 
 
 class SearchSection(Section):
-    searcher: Literal["random", "grid", "optuna", "hyperopt"] = Field(
-        default="random", description="optuna (TPE) and hyperopt need their packages"
+    searcher: Literal["random", "grid", "optuna", "bohb", "hyperopt"] = Field(
+        default="random", description="see llm/search/searchers.py; hyperopt needs its package"
     )
 
 
 class SchedulerSection(Section):
     """Which trials end early. A trial is judged by its evaluations, against the others at as many tokens."""
 
-    kind: Literal["none", "asha", "median"] = "asha"
-    first_frac: float = Field(default=0.1, gt=0, le=1, description="of a trial's tokens, before which no trial is stopped")
+    kind: Literal["none", "asha", "median", "pbt"] = Field(default="asha", description="pbt: a population, llm/search/population.py")
+    first_frac: float = Field(
+        default=0.1, gt=0, le=1, description="of a trial's tokens, before which no trial is stopped; pbt: from one exchange to the next"
+    )
     reduction: float = Field(
         default=3, gt=1, le=16, description="asha: a rung is so many times the tokens of the one before; 1 in so many goes on"
     )
+    quantile_frac: float = Field(default=0.25, gt=0, le=0.5, description="pbt: so many of the worst go on from as many of the best")
 
 
 class BudgetSection(Section):
@@ -88,16 +94,26 @@ class Sweep:
         anew = ["train.steps=null"] if self.base.train.tokens and "train.steps" not in settings else []
         return parse_run(self.base_text, name, [*anew, *(f"{key}={yaml_value(value)}" for key, value in settings.items())])
 
-    def trial(self, number: int, settings: dict[str, Any]) -> RunConfig:
-        """The run of trial `number`. Raises ConfigError where these settings make none."""
-        config = self.with_settings(f"trial {number}", settings)
-        config = _with(config, "run", name=f"{number:04d}", storage=join(self.uri, "trials"), if_finished="stop")
+    def trial(self, trial: Trial) -> RunConfig:
+        """The run of a trial. Raises ConfigError where its settings make none."""
+        config = self.with_settings(f"trial {trial.number}", dict(trial.settings))
+        storage, seed = join(self.uri, "trials"), config.run.seed + trial.repeat
+        config = _with(config, "run", name=trial.run_name, storage=storage, seed=seed, if_finished="stop")
+        config = _with(config, "train", until_step=None)
         cache = self.base.data.cache.uri or join(self.base.run.storage, "cache", "tokens")
         config = _with(config, "data", cache=config.data.cache.model_copy(update={"uri": cache if is_s3(cache) else local_path(cache)}))
         if self.file.scheduler.kind != "none" and not config.eval.every_steps:
             config = _with(config, "eval", every_steps=self.steps_between(config))
         if not config.checkpoint.every_steps:  # a sweep that is cut goes on from its trials' last evaluations
             config = _with(config, "checkpoint", every_steps=config.eval.every_steps)
+        if self.file.scheduler.kind == "pbt":
+            interval = self.steps_between(config)
+            if interval % config.eval.every_steps:
+                config = _with(config, "eval", every_steps=interval)
+            config = _with(config, "checkpoint", every_steps=interval, keep_every=interval)  # which others may start from
+        if trial.takeovers:
+            last = trial.takeovers[-1]
+            config = _with(config, "checkpoint", start_from=join(storage, last.run, "checkpoints", step_folder(last.step)))
         return config
 
     def steps_between(self, config: RunConfig) -> int:
@@ -130,6 +146,8 @@ def load_sweep(path: str, overrides: list[str]) -> Sweep:
     base = parse_run(read_text(run_path), run_path, [*settings, *overrides])
     sweep = Sweep(file, parse_space(file.space), base, dump_run(base))
     _require_keys(sweep)
+    if file.scheduler.kind == "pbt":
+        _require_population(sweep)
     if not base.eval.rows:
         raise ConfigError(f"{run_path}: eval.rows=0, and trials are compared by their evaluation loss. Set eval.rows, for example to 64.")
     return sweep
@@ -154,6 +172,18 @@ def _require_keys(sweep: Sweep) -> None:
             problems.append(f"  space.{key}: {errors[0]}")
     if problems:
         raise ConfigError("\n".join(["the space cannot be searched:", *problems]))
+
+
+def _require_population(sweep: Sweep) -> None:
+    if foreign := foreign_keys(sweep.space):
+        raise ConfigError(
+            f"scheduler.kind=pbt changes settings while trials train, and space.{foreign[0]} says what the weights or the data are. "
+            "Leave it out, or use scheduler.kind=asha."
+        )
+    if sweep.file.sweep.repeats > 1:
+        raise ConfigError("scheduler.kind=pbt needs sweep.repeats=1: trials of other seeds see other data, and cannot take over.")
+    if not boundaries(sweep.base.train.steps, sweep.steps_between(sweep.base)):
+        raise ConfigError(f"scheduler.first_frac={sweep.file.scheduler.first_frac:g} leaves one generation. Lower it, for example to 0.2.")
 
 
 def yaml_value(value: Any) -> str:

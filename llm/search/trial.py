@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.config_file import parse_run
-from llm.search.trials import FAILED, FINISHED, Point, curve_of
+from llm.search.trials import FAILED, FINISHED, METRICS, PAUSED, Point, curve_of, took_s_of
 from llm.storage import join, read_bytes_or_none
 
 POLL_S = 0.3
@@ -44,12 +44,12 @@ class TrialRun:
 
 def run_trial(run: TrialRun, report: Callable[[dict[str, Any]], None], address: str) -> None:
     """Reports every evaluation once, the last one with how the run ended: `status`, and the `cause` of a failure."""
-    began_s = time.monotonic()
     reporter = _Reporter(run, report)
     if run.ended:
         reporter.evaluations(0.0)
         reporter.end(run.ended, "", 0.0)
         return
+    began_s = time.monotonic() - reporter.took_s()  # what it took before it was cut counts
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as scratch:  # Tune's own folder of this trial, which goes with it
         path, log = Path(scratch) / "run.yaml", Path(scratch) / "log"
         path.write_text(run.yaml)
@@ -74,7 +74,7 @@ def run_trial(run: TrialRun, report: Callable[[dict[str, Any]], None], address: 
         took_s = time.monotonic() - began_s
         reporter.evaluations(took_s)
         if process.returncode == 0:
-            reporter.end(FINISHED, "", took_s)
+            reporter.end(PAUSED if reporter.is_paused else FINISHED, "", took_s)
         else:
             reporter.end(FAILED, cause_of(process.returncode, log.read_text(errors="replace")), took_s)
 
@@ -92,26 +92,37 @@ def cause_of(code: int, log: str) -> str:
 class _Reporter:
     def __init__(self, run: TrialRun, report: Callable[[dict[str, Any]], None]) -> None:
         self._config, self._report = parse_run(run.yaml, run.uri), report
-        self._metrics = join(run.uri, "metrics.jsonl")
+        self._metrics = join(run.uri, METRICS)
         self._step, self._size = 0, -1
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether the run, when it ends, is to go on later."""
+        return self._config.train.last_step < self._config.train.steps
+
+    def took_s(self) -> float:
+        """What the run has taken so far, by its own record."""
+        return took_s_of(self._read())
 
     def evaluations(self, took_s: float) -> None:
         """Reports those that are new, but for the last step's: a run that is stopped there would not export its model. A step that is done
         again after a restart is reported once: it gives the same."""
-        data = read_bytes_or_none(self._metrics, self._config.s3) or b""
+        data = self._read()
         if len(data) == self._size:
             return
         self._size = len(data)
         for point in curve_of(data, self._config):
-            if self._step < point.step < self._config.train.steps:
+            if self._step < point.step < self._config.train.last_step:
                 self._step = point.step
                 self._report(_shown(point, took_s))
 
     def end(self, status: str, cause: str, took_s: float) -> None:
-        data = read_bytes_or_none(self._metrics, self._config.s3) or b""
-        curve = curve_of(data, self._config)
+        curve = curve_of(self._read(), self._config)
         last = _shown(curve[-1], took_s) if curve and curve[-1].step > self._step else {}
         self._report({**last, "status": status, "cause": cause, "took_s": took_s})
+
+    def _read(self) -> bytes:
+        return read_bytes_or_none(self._metrics, self._config.s3) or b""
 
 
 def _shown(point: Point, took_s: float) -> dict[str, Any]:

@@ -4,6 +4,7 @@ command goes on where a sweep was cut.
     {"kind": "sweep", "made_of": {...}}                                             what the sweep is; another one is refused
     {"kind": "trial", "trial": 3, "settings": {"train.lr": 0.0031}, "repeat": 0}
     {"kind": "end", "trial": 3, "status": "stopped", "cause": "", "took_s": 41.2}   no such row: it is to go on
+    {"kind": "generation", "step": 40, "takeovers": [{"trial": 3, "of": 1, "run": "0001", "settings": {...}}]}   of a population
 
 Losses are not in it: each trial's own metrics.jsonl has them.
 """
@@ -12,16 +13,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llm.config import RunConfig, S3Section
 from llm.errors import ConfigError
-from llm.metrics import MetricsTail, rows_of
+from llm.metrics import MetricsTail, Row, rows_of
+from llm.observe.goodput import goodput
 from llm.storage import join, read_bytes_or_none, write_bytes
 
 FINISHED, STOPPED, FAILED, RUNNING = "finished", "stopped", "failed", "running"
+METRICS = "metrics.jsonl"
+PAUSED = "paused"  # how a run ends that is to go on: of no trial
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,20 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Takeover:
+    """Trial `trial` goes on with new settings from the checkpoint of `step` that the run `run` of trial `of` has."""
+
+    trial: int
+    step: int
+    of: int
+    run: str
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Trial:
+    """`settings`: those that it trains with now, or last."""
+
     number: int
     settings: Mapping[str, Any]
     repeat: int = 0
@@ -42,6 +59,17 @@ class Trial:
     cause: str = ""  # of a failure
     took_s: float = 0.0
     curve: tuple[Point, ...] = field(default=())
+    takeovers: tuple[Takeover, ...] = ()
+
+    @property
+    def run_name(self) -> str:
+        """Its run's folder. After a takeover it is another run."""
+        return self.run_names[-1]
+
+    @property
+    def run_names(self) -> tuple[str, ...]:
+        """The folders of all its runs, oldest first."""
+        return f"{self.number:04d}", *(f"{self.number:04d}-{n}" for n in range(1, len(self.takeovers) + 1))
 
     @property
     def loss(self) -> float:
@@ -62,6 +90,7 @@ class Journal:
         data = read_bytes_or_none(self._uri, s3) or b""
         self._lines = [line for line in data.decode().splitlines() if line]
         self.trials: dict[int, Trial] = {}
+        self.generation_step = 0  # at which the last generation ended
         try:
             rows = [json.loads(line) for line in self._lines]
             before = rows[0]["made_of"] if rows else made_of
@@ -80,6 +109,11 @@ class Journal:
     def end(self, number: int, status: str, cause: str = "", took_s: float = 0.0) -> None:
         self._add({"kind": "end", "trial": number, "status": status, "cause": cause[:1000], "took_s": round(took_s, 1)})
 
+    def generation(self, step: int, takeovers: Sequence[Takeover]) -> None:
+        """A generation of a population has ended at that step, with these takeovers."""
+        told = [{"trial": each.trial, "of": each.of, "run": each.run, "settings": dict(each.settings)} for each in takeovers]
+        self._add({"kind": "generation", "step": step, "takeovers": told})
+
     def learn(self, number: int, point: Point, took_s: float) -> None:
         """What a running trial has shown; its own metrics keep it. One that goes on tells what it had shown before once more."""
         trial = self.trials[number]
@@ -94,6 +128,11 @@ class Journal:
     def _take(self, row: Mapping[str, Any]) -> None:
         if row["kind"] == "trial":
             self.trials[row["trial"]] = Trial(row["trial"], row["settings"], row["repeat"])
+        elif row["kind"] == "generation":
+            self.generation_step = row["step"]
+            for told in row["takeovers"]:
+                takeover, trial = Takeover(step=row["step"], **told), self.trials[told["trial"]]
+                self.trials[trial.number] = replace(trial, settings=takeover.settings, takeovers=(*trial.takeovers, takeover))
         elif row["kind"] == "end":
             ended = {name: row[name] for name in ("status", "cause", "took_s")}
             self.trials[row["trial"]] = replace(self.trials[row["trial"]], **ended)
@@ -107,11 +146,20 @@ def tokens_after(config: RunConfig, step: int) -> int:
 def curve_of(metrics: bytes, config: RunConfig) -> tuple[Point, ...]:
     """The evaluations in a trial's metrics.jsonl, in order; of one that was done again after a restart, the last."""
     found = {
-        row["step"]: Point(row["step"], tokens_after(config, row["step"]), row["eval_loss"])
-        for row in rows_of(MetricsTail(lambda offset: metrics[offset:]).poll(), "eval")
+        row["step"]: Point(row["step"], tokens_after(config, row["step"]), math.inf if row["eval_loss"] is None else row["eval_loss"])
+        for row in rows_of(_rows(metrics), "eval")
         if row["step"]
     }
     return tuple(found[step] for step in sorted(found))
+
+
+def took_s_of(metrics: bytes) -> float:
+    """Seconds that the run of a metrics.jsonl has taken, in all its commands."""
+    return goodput(_rows(metrics)).wall_s
+
+
+def _rows(metrics: bytes) -> list[Row]:
+    return MetricsTail(lambda offset: metrics[offset:]).poll()
 
 
 def best_of(trials: Mapping[int, Trial]) -> Trial | None:

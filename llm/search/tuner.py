@@ -63,7 +63,7 @@ def _scheduler(study: Study) -> Any:
     section, base = study.sweep.file.scheduler, study.sweep.base
     most = tokens_after(base, base.train.steps)
     first = max(1, round(section.first_frac * most))
-    if section.kind == "none":
+    if section.kind in ("none", "pbt"):  # what a population does is the study's to say
         return FIFOScheduler()
     if section.kind == "median":
         return MedianStoppingRule(TIME, METRIC, "min", grace_period=first, min_samples_required=3)
@@ -84,9 +84,11 @@ def suggestions(study: Study) -> Any:
     from ray.tune.search import Searcher
 
     class Suggestions(Searcher):
-        def suggest(self, trial_id: str) -> dict[str, Any] | str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # pyright: ignore[reportIncompatibleMethodOverride]
             run = study.next()
-            return {"run": run} if run is not None else Searcher.FINISHED
+            if run is None:
+                return None if study.waits else Searcher.FINISHED
+            return {"run": run}
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None: ...
 
@@ -105,8 +107,9 @@ def told(study: Study) -> Any:
                 study.end(number, result["status"], result["cause"], result["took_s"])
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            number = trial.config["run"].number
-            study.end(number, STOPPED, "", study.trials[number].took_s)  # known already, unless the scheduler stopped it
+            if "status" not in (trial.last_result or {}):  # the scheduler stopped it
+                number = trial.config["run"].number
+                study.end(number, STOPPED, "", study.trials[number].took_s)
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             number = trial.config["run"].number

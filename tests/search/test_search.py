@@ -113,6 +113,43 @@ def test_ctrl_c_leaves_nothing_running_and_more_budget_goes_on(tmp_path):
     assert begun(tmp_path, 0)[-1] > 0, "it went on from where it was"
 
 
+def test_a_population_hands_checkpoints_on_also_over_a_killed_driver(tmp_path):
+    sections = {
+        "space": {"train.lr": {"loguniform": [1e-4, 0.3]}},
+        "scheduler": {"kind": "pbt", "first_frac": 0.25, "quantile_frac": 0.34},
+        "set": {"train.steps": 40, "eval.every_steps": 0},
+        "budget": {"trials": 4, "max_concurrent": 2},
+    }
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "cut").mkdir()
+    finish(start_sweep(write_sweep(tmp_path / "whole", **sections)))
+    path = write_sweep(tmp_path / "cut", **sections)
+    process = start_sweep(path, FAKE_STEP_S="0.15")
+    deadline = time.monotonic() + 180
+    while not (tmp_path / "cut" / "runs" / "search" / "sweep.jsonl").exists() or not generations(tmp_path / "cut"):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-3000:]
+        time.sleep(0.1)
+    time.sleep(1.0)  # within the second generation
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    out = finish(start_sweep(path))
+    assert generations(tmp_path / "cut") == generations(tmp_path / "whole")
+    assert [row["step"] for row in generations(tmp_path / "cut")] == [10, 20, 30]
+    for row in generations(tmp_path / "cut"):
+        assert len(row["takeovers"]) == 1
+        for each in row["takeovers"]:
+            heirs = sorted((tmp_path / "cut" / "runs" / "search" / "trials").glob(f"{each['trial']:04d}-*"))
+            assert heirs and (heirs[-1] / "begun").read_text().split()[0] in ("10", "20", "30")
+    best = [yaml.safe_load((tmp_path / name / "runs" / "search" / "best.yaml").read_text()) for name in ("whole", "cut")]
+    assert best[0]["train"] == best[1]["train"] and best[0]["train"]["until_step"] is None
+    assert {row["status"] for row in ends(tmp_path / "cut").values()} == {"finished"}
+    assert "took over" in (tmp_path / "cut" / "runs" / "search" / "report.html").read_text() and "finished" in out
+
+
+def generations(folder: Path) -> list[dict]:
+    return [row for row in rows(folder) if row["kind"] == "generation"]
+
+
 def test_the_budget_of_tokens_ends_a_sweep(tmp_path):
     path = write_sweep(tmp_path, scheduler={"kind": "none"}, budget={"trials": 50, "max_concurrent": 2, "tokens": 27 * 8 * 32 * 2.5})
     out = finish(start_sweep(path, "eval.every_steps=3"))

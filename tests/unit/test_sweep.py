@@ -6,6 +6,7 @@ import json
 import math
 import random
 from pathlib import Path
+from statistics import median
 
 import pytest
 import yaml
@@ -93,6 +94,9 @@ def test_all_bad_domains_are_told_at_once():
         ({"set": {"eval.rows": 0}}, "eval.rows=0"),
         ({"run": "nowhere.yaml"}, "nowhere.yaml"),
         ({"search": {"searcher": "grid"}}, "a grid search needs values that can be counted"),
+        ({"scheduler": {"kind": "pbt"}, "space": {"train.batch_rows": {"choice": [8]}}}, "space.train.batch_rows"),
+        ({"scheduler": {"kind": "pbt"}, "sweep": {"name": "s", "repeats": 2}}, "sweep.repeats=1"),
+        ({"scheduler": {"kind": "pbt", "first_frac": 1.0}}, "leaves one generation"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_refused_before_anything_starts(tmp_path, sections, words):
@@ -107,10 +111,10 @@ def test_a_trial_is_the_run_with_its_settings_in_the_sweeps_folder(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     path = write_sweep(tmp_path, space={"train.lr": {"choice": [0.5]}, "model.config.hidden_size": {"choice": [64]}})
     sweep = load_sweep(str(path), ["train.steps=100"])
-    trial = sweep.trial(7, {"train.lr": 0.5, "model.config.hidden_size": 64})
+    trial = sweep.trial(Trial(7, {"train.lr": 0.5, "model.config.hidden_size": 64}))
     assert trial.train.lr == 0.5 and trial.model.config["hidden_size"] == 64 and trial.train.steps == 100
     assert (trial.run.name, trial.run.storage) == ("0007", f"{tmp_path}/runs/search/trials")
-    assert trial.data.cache.uri == f"{tmp_path}/runs/cache/tokens" == sweep.trial(8, {}).data.cache.uri
+    assert trial.data.cache.uri == f"{tmp_path}/runs/cache/tokens" == sweep.trial(Trial(8, {})).data.cache.uri
     assert trial.eval.every_steps == 12
     best = tmp_path / "best.yaml"
     best.write_text(sweep.best(trial))
@@ -122,7 +126,7 @@ def test_a_trial_is_the_run_with_its_settings_in_the_sweeps_folder(tmp_path, mon
 def test_trials_of_other_batches_see_as_many_tokens(tmp_path):
     path = write_sweep(tmp_path, space={"train.batch_rows": {"choice": [8, 16]}}, set={"train.tokens": 27 * 8 * 32, "train.steps": None})
     sweep = load_sweep(str(path), [])
-    runs = [sweep.trial(number, {"train.batch_rows": rows}) for number, rows in enumerate((8, 16))]
+    runs = [sweep.trial(Trial(number, {"train.batch_rows": rows})) for number, rows in enumerate((8, 16))]
     assert [run.train.steps for run in runs] == [27, 14]
     again = tmp_path / "best.yaml"
     again.write_text(sweep.best(runs[1]))
@@ -195,34 +199,41 @@ def test_repeats_are_trials_of_other_seeds_and_a_bad_setting_fails_alone(tmp_pat
     assert [run.number for run in iter(again.next, None)] == [0, 1, 4, 5] and again.trials == study.trials
 
 
-@pytest.mark.parametrize("name", ["optuna", "hyperopt"])
-def test_searchers_that_learn_do_better_than_chance_also_in_a_second_command(tmp_path, name):
-    pytest.importorskip(name)
+@pytest.mark.parametrize("name", ["optuna", "bohb", "hyperopt"])
+def test_searchers_that_learn_do_better_than_chance_and_follow_from_the_trials(tmp_path, name):
     space = {
         "train.lr": {"loguniform": [1e-6, 1.0]},
         "train.batch_rows": {"quantized": [8, 64, 8]},
         "train.schedule": {"choice": ["wsd", "cosine"]},
     }
     sweep = load_sweep(str(write_sweep(tmp_path, space=space, search={"searcher": name})), [])
-    first = searcher_of(sweep)
-    seen = []
-
-    def ask(searcher, number):
-        told = searcher.propose(number)
+    searcher, trials = searcher_of(sweep), []
+    for number in range(60):
+        told = searcher(number, trials)
+        assert told is not None
+        if number % 8 == 7:
+            assert searcher_of(sweep)(number, trials) == told, "another command proposes the same"
         loss = abs(math.log10(told["train.lr"]) + 2) + (told["train.schedule"] == "wsd")
-        searcher.tell(told, loss)
-        seen.append((told, loss))
+        status = FAILED if told["train.lr"] > 0.3 else STOPPED if loss > 3 else FINISHED
+        points = [Point(step, 10 * step, loss + 1 / step) for step in ((1, 2, 3) if status == FINISHED else (1,))]
+        trials.append(Trial(number, told, status=status, curve=() if status == FAILED else tuple(points)))
+    assert len({json.dumps(dict(trial.settings)) for trial in trials}) > 40, "nothing is proposed anew"
+    losses = [trial.loss for trial in trials[30:] if trial.curve]
+    chance = [abs(random.Random(n).uniform(-6, 0) + 2) + n % 2 for n in range(999)]
+    assert median(losses) < 0.8 * median(chance)
 
-    for number in range(25):
-        ask(first, number)
-    second = searcher_of(sweep)
-    for told, loss in list(seen):
-        second.tell(told, loss)
-    for number in range(25, 45):
-        ask(second, number)
-    assert len({json.dumps(told) for told, _ in seen}) > 40, "nothing is proposed anew"
-    losses = [loss for _, loss in seen]
-    assert sum(losses[25:]) / 20 < 0.75 * sum(losses[:10]) / 10
+
+def test_bohb_learns_from_the_most_tokens_that_enough_trials_have_seen():
+    from llm.search.searchers import _at_the_largest_budget
+
+    curves = [(1.0,), (2.0, 1.5), (3.0, 2.5), (4.0, 3.5, 3.0)]
+    trials = [
+        Trial(number, {}, curve=tuple(Point(i + 1, 10 * (i + 1), loss) for i, loss in enumerate(losses)))
+        for number, losses in enumerate(curves)
+    ]
+    assert _at_the_largest_budget(trials, 3) == {1: 1.5, 2: 2.5, 3: 3.5}
+    assert _at_the_largest_budget(trials, 4) == {0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0}
+    assert _at_the_largest_budget(trials, 5) == {}
 
 
 def test_a_searcher_that_is_not_installed_is_named(tmp_path, monkeypatch):
