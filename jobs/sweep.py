@@ -7,7 +7,8 @@ import os
 import sys
 import tempfile
 
-from cluster.connect import cluster_gpus, connected, is_private
+from cluster.connect import cluster_gpus, connected, head_address, is_private
+from cluster.head import HeadWatch
 from cluster.workers import concurrent_trials, total_cpus
 from jobs.exit_code import exit_code_of, take_over_signals
 from llm.errors import TrainingError
@@ -19,7 +20,7 @@ from llm.search.study import Study
 from llm.search.sweep_config import Sweep, load_sweep
 from llm.search.trials import best_of
 from llm.storage import join, write_bytes
-from llm.train.lease import held_lease
+from llm.train.lease import Lease, held_lease
 
 TRIAL_COMMAND = (sys.executable, "-m", "jobs.pretrain", "--config")
 
@@ -37,9 +38,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def sweep(asked: Sweep) -> int:
     """Searches until the budget is used up, then writes `report.html` and `best.yaml` beside the trials."""
-    with held_lease(asked.uri, asked.base.s3, asked.base.recovery.lease_s), SweepTable(asked.file.sweep.name) as table:
+    with held_lease(asked.uri, asked.base.s3, asked.base.recovery.lease_s) as lease, SweepTable(asked.file.sweep.name) as table:
         study = Study(asked, searcher_of(asked), TRIAL_COMMAND, table.show)
-        _search(study)
+        _search(study, lease)
         table.show(study)
         report, path, best = write_sweep_report(study), join(asked.uri, "best.yaml"), best_of(study.trials)
         if best is not None:
@@ -52,7 +53,7 @@ def sweep(asked: Sweep) -> int:
     return 0
 
 
-def _search(study: Study) -> None:
+def _search(study: Study, lease: Lease) -> None:
     from llm.search.tuner import TRIAL_CPUS, search  # imports Ray when it is called
 
     base, limit = study.sweep.base, study.sweep.file.budget.max_concurrent
@@ -65,7 +66,13 @@ def _search(study: Study) -> None:
 
         if not is_private():
             at_once = concurrent_trials(limit, cpus, workers, ray.cluster_resources().get("CPU", 0.0), cluster_gpus())
-        search(study, at_once, folder)
+        head = HeadWatch(head_address())
+
+        def watch() -> None:
+            lease.require()
+            head.look()
+
+        search(study, at_once, folder, watch)
 
 
 if __name__ == "__main__":

@@ -8,19 +8,22 @@ the recorded trials first: those that have ended tell their evaluations again, s
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from llm.search.study import Study
 from llm.search.trial import run_trial
 from llm.search.trials import FAILED, STOPPED, tokens_after
+from llm.watched import watched
 
 METRIC, TIME = "eval_loss", "tokens"
 TRIAL_CPUS = 1  # of the process that waits for a trial's run
 RESTARTS = 3  # of a trial whose own process was lost, with its node for example: it goes on from its last checkpoint
 
 
-def search(study: Study, max_concurrent: int, folder: str) -> None:
-    """Runs trials until the study has no more. `folder` is for Tune's own files, local and temporary."""
+def search(study: Study, max_concurrent: int, folder: str, watch: Callable[[], None]) -> None:
+    """Runs trials until the study has no more. `folder` is for Tune's own files, local and temporary; `watch` is called every half second
+    meanwhile, and what it raises ends the search."""
     os.environ |= {
         "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the command, and with it all
         "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial may fail before its first evaluation
@@ -54,7 +57,7 @@ def search(study: Study, max_concurrent: int, folder: str) -> None:
             failure_config=tune.FailureConfig(max_failures=RESTARTS),
         ),
     )
-    tuner.fit()
+    watched(tuner.fit, watch, "ray-tune")
 
 
 def _scheduler(study: Study) -> Any:

@@ -7,7 +7,6 @@ controller, 3 s of CPU time each, and sets up a process group before the worker 
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +37,7 @@ from llm.train.controllers import DEATHS, Controllers
 from llm.train.elastic import with_workers
 from llm.train.life import Incident
 from llm.train.worker import DATASET, start_file, work
+from llm.watched import watched
 
 
 class _Rendezvous(Backend):
@@ -129,13 +129,10 @@ def fit(
     resources: WorkerResources,
     ray_folder: str,
     watch: Callable[[], None],
-    *,
-    poll_s: float = 0.5,
 ) -> None:
-    """Runs the job to its end; `watch` is called every `poll_s` meanwhile, and once after.
+    """Runs the job to its end; `watch` is called every half second meanwhile, and once after.
 
-    Ray's trainer runs in a thread: in the main thread it would take over Ctrl-C, which here ends the run within seconds. Raises the
-    worker's own HeadraceError where there is one, else TrainingError with the first lines of what Ray knows.
+    Raises the worker's own HeadraceError where there is one, else TrainingError with the first lines of what Ray knows.
     """
     new_trainer = partial(
         _Trainer,
@@ -157,21 +154,14 @@ def fit(
         ),
         dataset_config=OneSplitPerDataRank(job.config.parallel.tensor),
     )
-    outcome: list[BaseException] = []
 
-    def run() -> None:
+    def train() -> None:
         try:
             _fit_through_controllers(new_trainer, Controllers(job))
         except BaseException as error:
-            outcome.append(error)
+            raise user_error(error) from None
 
-    thread = threading.Thread(target=run, name="ray-train", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(poll_s)
-        watch()
-    if outcome:
-        raise user_error(outcome[0])
+    watched(train, watch, "ray-train")
 
 
 def _fit_through_controllers(new_trainer: Callable[[Incident | None], _Trainer], controllers: Controllers) -> None:
