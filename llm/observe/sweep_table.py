@@ -77,6 +77,7 @@ def _table(name: str, study: Study, most: int) -> Table:
         loss = f"{trial.loss:.4f}" if math.isfinite(trial.loss) else "-"
         values = [str(trial.settings.get(key, "")) for key in keys]
         style = "bold" if best and trial.number == best.number else None
-        told = f"{trial.status}: {trial.cause}" if trial.cause else trial.status
+        status = "paused" if trial.number in study.arrived else trial.status
+        told = f"{status}: {trial.cause}" if trial.cause else status
         table.add_row(f"{trial.number:04d}", *values, told, f"{trial.tokens:,}", loss, duration(trial.took_s), style=style)
     return table

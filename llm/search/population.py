@@ -1,5 +1,5 @@
 """Population-based training (Jaderberg et al. 2017): all trials train side by side, and every so often the worst go on from the checkpoints
-of the best, with settings that differ a little. Pure: what happens follows from the seed and the losses.
+of the best, with settings that differ a little. What happens follows from the seed and the losses.
 
 All trials of a generation train to the same step and end there with a checkpoint; the next begins when the last of them has. So a sweep
 that was cut goes on as if it had not been, in whatever order trials came in. The price is a start-up for each trial and generation.
@@ -15,17 +15,35 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from llm.config_file import MAY_DIFFER, is_below
+from llm.config import RunConfig
 from llm.search.space import Domain, Space, rounded
-from llm.search.trials import Takeover, Trial
+from llm.search.sweep_config import Sweep
+from llm.search.trials import RUNNING, Journal, Takeover, Trial
 
 DRAWN_FRAC = 0.25  # of values that are drawn anew; the others change by FACTOR, or to the next option. The paper's, and Ray Tune's, values
 FACTOR = 1.2
 
 
-def foreign_keys(space: Space) -> list[str]:
-    """The keys that a trial cannot change in the middle: weights of another shape, other data."""
-    return [key for key in space.domains if not is_below(key, MAY_DIFFER)]
+class Population:
+    """The scheduler `pbt`."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self._sweep = sweep
+        self._ends = boundaries(sweep.base.train.steps, sweep.steps_between(sweep.base))
+
+    def until_step(self, trial: Trial, config: RunConfig) -> int | None:
+        """The end of the trial's generation; None in the last."""
+        return self._ends[trial.rung] if trial.rung < len(self._ends) else None
+
+    def go_on(self, journal: Journal, arrived: set[int], all_begun: bool) -> list[int]:
+        """All trials, where all have been begun and all that have not failed have come to the end of the generation."""
+        going = [trial for trial in journal.trials.values() if trial.status == RUNNING]
+        if not all_begun or not going or any(trial.number not in arrived for trial in going):
+            return []
+        file, step = self._sweep.file, self.until_step(going[0], self._sweep.base)
+        assert step is not None, "what has come to the last step has finished"
+        journal.generation(step, takeovers(going, step, file.scheduler.quantile_frac, self._sweep.space, file.sweep.seed))
+        return [trial.number for trial in going]
 
 
 def boundaries(steps: int, interval: int) -> list[int]:

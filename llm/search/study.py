@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from llm.checkpoint.store import CheckpointStore
 from llm.config import RunConfig
 from llm.errors import ConfigError
-from llm.search.population import boundaries, takeovers
+from llm.search.population import Population
+from llm.search.rungs import Rungs
 from llm.search.sweep_config import Sweep
 from llm.search.trial import TrialRun
 from llm.search.trials import FAILED, METRICS, PAUSED, RUNNING, STOPPED, Journal, Point, Trial, curve_of, took_s_of
@@ -26,6 +28,31 @@ class Spent:
     dollars: float
 
 
+class Scheduler(Protocol):
+    """What lets trials pause, and go on or not: by the others' losses."""
+
+    def until_step(self, trial: Trial, config: RunConfig) -> int | None:
+        """Where the trial pauses next; None where it trains to its end."""
+        ...
+
+    def go_on(self, journal: Journal, arrived: set[int], all_begun: bool) -> list[int]:
+        """Those of the trials that have `arrived` that go on now, which the journal then says. `all_begun`: nothing runs, and no new trial
+        will come."""
+        ...
+
+
+class ToTheEnd:
+    """Of a search without a scheduler, and of one that Ray Tune stops."""
+
+    def __init__(self, sweep: Sweep) -> None: ...
+
+    def until_step(self, trial: Trial, config: RunConfig) -> int | None:
+        return None
+
+    def go_on(self, journal: Journal, arrived: set[int], all_begun: bool) -> list[int]:
+        return []
+
+
 class Study:
     """`show` is called after every change."""
 
@@ -40,15 +67,16 @@ class Study:
             "run": sweep.base_text,
         }
         self.sweep, self._searcher, self._command, self._show = sweep, searcher, command, show
+        self._scheduler: Scheduler = {"asha": Rungs, "pbt": Population}.get(file.scheduler.kind, ToTheEnd)(sweep)
         self.journal = Journal(sweep.uri, sweep.base.s3, made_of)
         self.configs: dict[int, RunConfig] = {}
         self._earlier_s: dict[int, float] = {}  # by trial: what its runs before the last took
         for trial in list(self.trials.values()):
             self._read_again(trial)
-        self._to_begin = [trial.number for trial in self.trials.values() if trial.status != FAILED]
+        self.arrived = {trial.number for trial in self.trials.values() if self._has_arrived(trial)}  # they pause where the scheduler said
+        self._to_begin = [n for n, trial in self.trials.items() if trial.status != FAILED and n not in self.arrived]
         self._settings = 1 + max((self._setting_of(trial) for trial in self.trials.values()), default=-1)
         self._repeats_left: list[tuple[dict[str, Any], int]] = self._unrepeated()
-        self._arrived: set[int] = set()  # of a population: those that have come to the end of the generation
         self.cut = ""  # which budget ended the sweep
 
     def __reduce__(self) -> tuple[type, tuple[str]]:
@@ -60,18 +88,18 @@ class Study:
         return self.journal.trials
 
     def next(self) -> TrialRun | None:
-        """The next trial to begin: those of an earlier command or of the next generation first, in their order, then new ones. None where
-        there is none now."""
-        run = self._begun_before() or self._proposed()
-        if run is None and self._is_population:
-            self._end_generation()
-            run = self._begun_before()
+        """The next trial to begin: those of an earlier command first, in their order, then what the scheduler lets go on, then new ones.
+        None where there is none now."""
+        run = self._begun_before() or self._goes_on(False) or self._proposed() or self._goes_on(True)
+        if run is None and not self.waits and not self.cut:
+            for number in sorted(self.arrived):
+                self.end(number, STOPPED)
         return run
 
     @property
     def waits(self) -> bool:
-        """Whether `next` may still give a trial after it gave none: the next generation waits for the last of this one."""
-        return self._is_population and not self.cut and any(trial.status == RUNNING for trial in self.trials.values())
+        """Whether `next` may still give a trial after it gave none: it depends on those that run."""
+        return not self.cut and any(trial.status == RUNNING for n, trial in self.trials.items() if n not in self.arrived)
 
     def _begun_before(self) -> TrialRun | None:
         while self._to_begin:
@@ -98,53 +126,39 @@ class Study:
         try:
             return self._run_of(trial)
         except ConfigError as error:
-            self.end(trial.number, FAILED, str(error).splitlines()[-1].strip(), 0.0)
+            self.end(trial.number, FAILED, str(error).splitlines()[-1].strip())
         return None
 
-    def _end_generation(self) -> None:
-        """Where all trials that go on have come to its end, those of the next one may begin."""
-        going = [trial for trial in self.trials.values() if trial.status == RUNNING]
-        if self.cut or not going or any(trial.number not in self._arrived for trial in going):
-            return
-        file, step = self.sweep.file, self._until_step
-        assert step is not None, "what has arrived at the last step has finished"
-        found = takeovers(going, step, file.scheduler.quantile_frac, self.sweep.space, file.sweep.seed)
-        for each in found:
-            self._earlier_s[each.trial] = self.trials[each.trial].took_s
-            del self.configs[each.trial]
-        self.journal.generation(step, found)
-        self._arrived.clear()
-        self._to_begin += [trial.number for trial in going]
-        self._show(self)
-
-    @property
-    def _is_population(self) -> bool:
-        return self.sweep.file.scheduler.kind == "pbt"
-
-    @property
-    def _until_step(self) -> int | None:
-        """Where the generation ends that trains now; None for the last."""
-        base = self.sweep.base
-        ends = boundaries(base.train.steps, self.sweep.steps_between(base)) if self._is_population else []
-        return next((step for step in ends if step > self.journal.generation_step), None)
+    def _goes_on(self, all_begun: bool) -> TrialRun | None:
+        """A trial that goes on from where it paused. `all_begun`: no new one will come."""
+        if self.budget_used():
+            return None
+        for number in self._scheduler.go_on(self.journal, self.arrived, all_begun and not self.waits):
+            self.arrived.discard(number)
+            self._to_begin.append(number)
+            if self.trials[number].run_name != self.configs[number].run.name:  # it has taken over from another
+                self._earlier_s[number] = self.trials[number].took_s
+                del self.configs[number]
+        return self._begun_before()
 
     def learn(self, number: int, result: Mapping[str, Any]) -> None:
-        """An evaluation of a trial that runs."""
-        if self.trials[number].status == RUNNING and "eval_loss" in result:
-            took_s = self._earlier_s.get(number, 0.0) + result["took_s"]
-            self.journal.learn(number, Point(result["step"], result["tokens"], result["eval_loss"]), took_s)
+        """What a trial that runs has reported: seconds that its run took, and an evaluation."""
+        if self.trials[number].status == RUNNING:
+            point = Point(result["step"], result["tokens"], result["eval_loss"]) if "eval_loss" in result else None
+            self.journal.learn(number, point, self._earlier_s.get(number, 0.0) + result["took_s"])
             self._show(self)
 
-    def end(self, number: int, status: str, cause: str, took_s: float) -> None:
+    def end(self, number: int, status: str, cause: str = "") -> None:
         """A trial's end; known once, whatever is said of it later."""
         if self.trials[number].status != RUNNING:
             return
         if status == STOPPED and self.cut:
             return  # not the scheduler's decision: with more budget it goes on
         if status == PAUSED:
-            self._arrived.add(number)
+            self.arrived.add(number)
         else:
-            self.journal.end(number, status, cause, self._earlier_s.get(number, 0.0) + took_s)
+            self.arrived.discard(number)
+            self.journal.end(number, status, cause)
         self._show(self)
 
     def spent(self) -> Spent:
@@ -172,7 +186,8 @@ class Study:
 
         config = self.configs.setdefault(trial.number, self.configs.get(trial.number) or self.sweep.trial(trial))
         if trial.status == RUNNING:
-            config = config.model_copy(update={"train": config.train.model_copy(update={"until_step": self._until_step})})
+            until = self._scheduler.until_step(trial, config)
+            config = config.model_copy(update={"train": config.train.model_copy(update={"until_step": until})})
         return TrialRun(
             trial.number,
             join(config.run.storage, config.run.name),
@@ -197,6 +212,13 @@ class Study:
         self._earlier_s[trial.number] = sum(took_s[:-1])
         took = sum(took_s) if trial.status == RUNNING else trial.took_s
         self.journal.trials[trial.number] = replace(trial, curve=curve, took_s=took)
+
+    def _has_arrived(self, trial: Trial) -> bool:
+        """Whether a trial of an earlier command has come to where it was to pause, its checkpoint there to go on from."""
+        config = self.configs.get(trial.number)
+        if config is None or trial.status != RUNNING or (until := self._scheduler.until_step(trial, config)) is None:
+            return False
+        return until in CheckpointStore(join(config.run.storage, config.run.name), config.s3).steps()
 
     def _setting_of(self, trial: Trial) -> int:
         return trial.number // self.sweep.file.sweep.repeats

@@ -21,9 +21,8 @@ from pydantic import Field, ValidationError
 
 from llm.checkpoint.layout import step_folder
 from llm.config import RunConfig, Section
-from llm.config_file import dump_run, parse_run, read_mapping, read_text
+from llm.config_file import MAY_DIFFER, dump_run, is_below, parse_run, read_mapping, read_text
 from llm.errors import ConfigError
-from llm.search.population import boundaries, foreign_keys
 from llm.search.space import Space, parse_space
 from llm.search.trials import Trial
 from llm.storage import is_s3, join, local_path
@@ -49,7 +48,7 @@ class SchedulerSection(Section):
         default=0.1, gt=0, le=1, description="of a trial's tokens, before which no trial is stopped; pbt: from one exchange to the next"
     )
     reduction: float = Field(
-        default=3, gt=1, le=16, description="asha: a rung is so many times the tokens of the one before; 1 in so many goes on"
+        default=3, gt=1, le=16, description="asha: a rung is so many times the tokens of the one before; 1 in so many goes on to it"
     )
     quantile_frac: float = Field(default=0.25, gt=0, le=0.5, description="pbt: so many of the worst go on from as many of the best")
 
@@ -175,14 +174,14 @@ def _require_keys(sweep: Sweep) -> None:
 
 
 def _require_population(sweep: Sweep) -> None:
-    if foreign := foreign_keys(sweep.space):
+    if foreign := [key for key in sweep.space.domains if not is_below(key, MAY_DIFFER)]:
         raise ConfigError(
             f"scheduler.kind=pbt changes settings while trials train, and space.{foreign[0]} says what the weights or the data are. "
             "Leave it out, or use scheduler.kind=asha."
         )
     if sweep.file.sweep.repeats > 1:
         raise ConfigError("scheduler.kind=pbt needs sweep.repeats=1: trials of other seeds see other data, and cannot take over.")
-    if not boundaries(sweep.base.train.steps, sweep.steps_between(sweep.base)):
+    if sweep.steps_between(sweep.base) >= sweep.base.train.steps:
         raise ConfigError(f"scheduler.first_frac={sweep.file.scheduler.first_frac:g} leaves one generation. Lower it, for example to 0.2.")
 
 

@@ -4,6 +4,7 @@ command goes on where a sweep was cut.
     {"kind": "sweep", "made_of": {...}}                                             what the sweep is; another one is refused
     {"kind": "trial", "trial": 3, "settings": {"train.lr": 0.0031}, "repeat": 0}
     {"kind": "end", "trial": 3, "status": "stopped", "cause": "", "took_s": 41.2}   no such row: it is to go on
+    {"kind": "promoted", "trial": 3}                                                it goes on to the next rung
     {"kind": "generation", "step": 40, "takeovers": [{"trial": 3, "of": 1, "run": "0001", "settings": {...}}]}   of a population
 
 Losses are not in it: each trial's own metrics.jsonl has them.
@@ -60,6 +61,7 @@ class Trial:
     took_s: float = 0.0
     curve: tuple[Point, ...] = field(default=())
     takeovers: tuple[Takeover, ...] = ()
+    rung: int = 0  # of those at which the scheduler lets it pause, the one that it trains to or has come to
 
     @property
     def run_name(self) -> str:
@@ -76,6 +78,10 @@ class Trial:
         """The last evaluation's; infinite before the first."""
         return self.curve[-1].loss if self.curve else math.inf
 
+    def loss_at(self, tokens: int) -> float:
+        """The first evaluation's after at least so many tokens; infinite before it."""
+        return next((point.loss for point in self.curve if point.tokens >= tokens), math.inf)
+
     @property
     def tokens(self) -> int:
         return self.curve[-1].tokens if self.curve else 0
@@ -90,7 +96,6 @@ class Journal:
         data = read_bytes_or_none(self._uri, s3) or b""
         self._lines = [line for line in data.decode().splitlines() if line]
         self.trials: dict[int, Trial] = {}
-        self.generation_step = 0  # at which the last generation ended
         try:
             rows = [json.loads(line) for line in self._lines]
             before = rows[0]["made_of"] if rows else made_of
@@ -106,18 +111,21 @@ class Journal:
         self._add({"kind": "trial", "trial": number, "settings": dict(settings), "repeat": repeat})
         return self.trials[number]
 
-    def end(self, number: int, status: str, cause: str = "", took_s: float = 0.0) -> None:
-        self._add({"kind": "end", "trial": number, "status": status, "cause": cause[:1000], "took_s": round(took_s, 1)})
+    def end(self, number: int, status: str, cause: str = "") -> None:
+        self._add({"kind": "end", "trial": number, "status": status, "cause": cause[:1000], "took_s": round(self.trials[number].took_s, 1)})
+
+    def promote(self, number: int) -> None:
+        self._add({"kind": "promoted", "trial": number})
 
     def generation(self, step: int, takeovers: Sequence[Takeover]) -> None:
         """A generation of a population has ended at that step, with these takeovers."""
         told = [{"trial": each.trial, "of": each.of, "run": each.run, "settings": dict(each.settings)} for each in takeovers]
         self._add({"kind": "generation", "step": step, "takeovers": told})
 
-    def learn(self, number: int, point: Point, took_s: float) -> None:
+    def learn(self, number: int, point: Point | None, took_s: float) -> None:
         """What a running trial has shown; its own metrics keep it. One that goes on tells what it had shown before once more."""
         trial = self.trials[number]
-        curve = (*(each for each in trial.curve if each.step < point.step), point)
+        curve = (*(each for each in trial.curve if each.step < point.step), point) if point else trial.curve
         self.trials[number] = replace(trial, curve=curve, took_s=took_s)
 
     def _add(self, row: dict[str, Any]) -> None:
@@ -128,14 +136,20 @@ class Journal:
     def _take(self, row: Mapping[str, Any]) -> None:
         if row["kind"] == "trial":
             self.trials[row["trial"]] = Trial(row["trial"], row["settings"], row["repeat"])
+        elif row["kind"] == "promoted":
+            self._next_rung(self.trials[row["trial"]])
         elif row["kind"] == "generation":
-            self.generation_step = row["step"]
+            for trial in [trial for trial in self.trials.values() if trial.status == RUNNING]:
+                self._next_rung(trial)
             for told in row["takeovers"]:
                 takeover, trial = Takeover(step=row["step"], **told), self.trials[told["trial"]]
                 self.trials[trial.number] = replace(trial, settings=takeover.settings, takeovers=(*trial.takeovers, takeover))
         elif row["kind"] == "end":
             ended = {name: row[name] for name in ("status", "cause", "took_s")}
             self.trials[row["trial"]] = replace(self.trials[row["trial"]], **ended)
+
+    def _next_rung(self, trial: Trial) -> None:
+        self.trials[trial.number] = replace(trial, rung=trial.rung + 1)
 
 
 def tokens_after(config: RunConfig, step: int) -> int:

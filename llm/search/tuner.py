@@ -61,25 +61,14 @@ def search(study: Study, max_concurrent: int, folder: str, watch: Callable[[], N
 
 
 def _scheduler(study: Study) -> Any:
-    from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule
+    """Tune's own part: rungs and populations are the study's (llm/search/rungs.py, llm/search/population.py)."""
+    from ray.tune.schedulers import FIFOScheduler, MedianStoppingRule
 
     section, base = study.sweep.file.scheduler, study.sweep.base
-    most = tokens_after(base, base.train.steps)
-    first = max(1, round(section.first_frac * most))
-    if section.kind in ("none", "pbt"):  # what a population does is the study's to say
+    if section.kind != "median":
         return FIFOScheduler()
-    if section.kind == "median":
-        return MedianStoppingRule(TIME, METRIC, "min", grace_period=first, min_samples_required=3)
-    # Rungs below a trial's end only: there is nothing left to stop.
-    return AsyncHyperBandScheduler(
-        TIME,
-        METRIC,
-        "min",
-        max_t=most - 1,
-        grace_period=min(first, most - 1),
-        reduction_factor=section.reduction,
-        stop_last_trials=False,
-    )
+    first = max(1, round(section.first_frac * tokens_after(base, base.train.steps)))
+    return MedianStoppingRule(TIME, METRIC, "min", grace_period=first, min_samples_required=3)
 
 
 def suggestions(study: Study) -> Any:
@@ -107,17 +96,15 @@ def told(study: Study) -> Any:
             number = trial.config["run"].number
             study.learn(number, result)
             if "status" in result:
-                study.end(number, result["status"], result["cause"], result["took_s"])
+                study.end(number, result["status"], result["cause"])
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             if "status" not in (trial.last_result or {}):  # the scheduler stopped it
-                number = trial.config["run"].number
-                study.end(number, STOPPED, "", study.trials[number].took_s)
+                study.end(trial.config["run"].number, STOPPED)
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            number = trial.config["run"].number
             why = str(trial.get_error() or "its process was lost").strip().splitlines()[-1]
-            study.end(number, FAILED, f"the trial's own process failed: {why[:300]}", study.trials[number].took_s)
+            study.end(trial.config["run"].number, FAILED, f"the trial's own process failed: {why[:300]}")
 
     return Told()
 

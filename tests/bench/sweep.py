@@ -4,7 +4,7 @@
 
 Learning rate (over three decades) and width of a model of the tests on their corpus. Both searches go through the product's `jobs.sweep`
 and Ray Tune; each trial is trained by its loop in a process of its own (see sweep_trial.py). Tokens are those of every step that was
-trained, so what a trial does until it is stopped is counted. The bar: within 2% of the best loss for at most 0.35 of the tokens.
+trained. The bar: within 2% of the best loss for at most 0.35 of the tokens.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Found:
 
 def search(kind: str, seed: int, trials: int, steps: int) -> Found:
     with tempfile.TemporaryDirectory() as folder:
-        scheduler = {"kind": kind, "first_frac": 1 / 27, "reduction": 3}
+        scheduler = {"kind": kind, "first_frac": 1 / 9, "reduction": 3}
         path = write_sweep(
             Path(folder),
             sweep={"name": "search", "seed": seed},
-            set={**SETTINGS, "train.steps": steps, "eval.every_steps": max(1, steps // 27)},
+            set={**SETTINGS, "train.steps": steps, "eval.every_steps": max(1, steps // 9)},
             space=SPACE,
             scheduler=scheduler,
             budget={"trials": trials, "max_concurrent": 2},

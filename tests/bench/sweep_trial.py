@@ -18,10 +18,11 @@ def main() -> int:
     import torch
     import torch.distributed as dist
 
+    from llm.checkpoint.start import first_state
+    from llm.checkpoint.store import CheckpointStore
     from llm.config_file import load_run
     from llm.errors import HeadraceError
     from llm.parallel.mesh import Mesh
-    from llm.state import TrainState
     from llm.train.loop import train
     from llm.train.prepare import prepare
     from llm.train.runs import run_uri
@@ -33,7 +34,8 @@ def main() -> int:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=0, world_size=1)
         try:
             prepared = prepare(config, run_uri(config), time.time())
-            train(prepared.job, Mesh(0, 1, 1), Windows(prepared), TrainState())
+            start = first_state(CheckpointStore(run_uri(config), config.s3), config)
+            train(prepared.job, Mesh(0, 1, 1), Windows(prepared), start)
         except HeadraceError as error:
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code
@@ -52,15 +54,16 @@ class Windows:
         from llm.data.window import make_window
         from llm.state import COUNTED
 
-        plan, unit, offset, number = self._prepared.recipe.plan, self._prepared.job.config.rank_unit_rows, 0, 0
+        plan, unit, number = self._prepared.recipe.plan, self._prepared.job.config.rank_unit_rows, 0
         ids, segments, position = [], [], []
         while True:
             epoch, window = plan.nth_window(cursor, number)
             rows = make_window(self._prepared.recipe, epoch, window).rows
+            first, count = cursor.offset if number == 0 else 0, len(rows.ids)
             number += 1
-            ids.append(rows.ids)
-            segments.append(rows.segments())
-            position.append(np.stack([np.full(len(rows.ids), epoch), np.full(len(rows.ids), window), np.arange(len(rows.ids))], axis=1))
+            ids.append(rows.ids[first:])
+            segments.append(rows.segments()[first:])
+            position.append(np.stack([np.full(count, epoch), np.full(count, window), np.arange(count)], axis=1)[first:])
             ids, segments, position = ([np.concatenate(parts)] for parts in (ids, segments, position))
             for offset in range(0, len(ids[0]) - unit + 1, unit):
                 part = slice(offset, offset + unit)

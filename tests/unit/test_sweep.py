@@ -141,7 +141,8 @@ def test_a_journal_reads_back_and_refuses_another_sweep(tmp_path):
     first = journal(tmp_path, space={"train.lr": 1})
     first.begin(0, {"train.lr": 0.1}, 0)
     first.begin(1, {"train.lr": 0.2}, 1)
-    first.end(0, FAILED, "it was\nbad", 1.23)
+    first.learn(0, None, 1.2)
+    first.end(0, FAILED, "it was\nbad")
     again = journal(tmp_path, space={"train.lr": 1})
     assert again.trials == first.trials and again.trials[0].cause == "it was\nbad" and again.trials[1].status == "running"
     with pytest.raises(ConfigError, match=r"was started otherwise:\n  space: "):

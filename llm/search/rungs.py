@@ -1,0 +1,64 @@
+"""Asynchronous successive halving (ASHA; Li et al. 2020, algorithm 2): every trial trains to the first rung and pauses there. Whenever a
+rung has seen enough trials, the best 1 in `reduction` of them go on to the next, before any new one is begun.
+
+A trial that pauses has ended its process, saved; one that goes on does so from there. So no token is spent beyond a rung that nobody
+decided on, a sweep that was cut repeats no rung, and the trials that go on are at least those of successive halving over all of them, in
+whatever order they come in. The price is a start-up for each rung that a trial goes on from.
+
+Example: 27 trials, first_frac 1/27, reduction 3: all train a 27th of the tokens, 9 of them a 9th, 3 a third, 1 all: 4 trials' worth in all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from llm.config import RunConfig
+from llm.search.sweep_config import Sweep
+from llm.search.trials import FAILED, Journal, Trial, tokens_after
+
+
+class Rungs:
+    """The scheduler `asha`. Rungs are counted in tokens, so trials of other batches are judged alike."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        section, most = sweep.file.scheduler, tokens_after(sweep.base, sweep.base.train.steps)
+        self._reduction = section.reduction
+        self.tokens = rung_tokens(most, section.first_frac, section.reduction)
+
+    def until_step(self, trial: Trial, config: RunConfig) -> int | None:
+        """Where the trial pauses next; None where it trains to its end."""
+        if trial.rung >= len(self.tokens):
+            return None
+        step = config.train.steps_for(self.tokens[trial.rung], config.data.seq_len)
+        return step if step < config.train.steps else None
+
+    def go_on(self, journal: Journal, arrived: set[int], all_begun: bool) -> list[int]:
+        """The trial, of those that have `arrived` at their rung, that goes on from it. Where all have been begun and all have arrived, the
+        best one does even where it is fewer than 1 in `reduction`: a sweep has a winner."""
+        least = int(all_begun)
+        for rung in reversed(range(len(self.tokens))):
+            for number in promoted(journal.trials, self.tokens[rung], self._reduction, least):
+                if journal.trials[number].rung == rung and number in arrived:
+                    journal.promote(number)
+                    return [number]
+        return []
+
+
+def rung_tokens(most: int, first_frac: float, reduction: float) -> list[int]:
+    """Tokens at which trials pause, of at most so many. None so near the end that stopping there saves little.
+
+    Example: most=1000, first_frac=0.1, reduction=3: 100, 300. The next, 900, would leave a tenth.
+    """
+    rungs, tokens = [], most * first_frac
+    while tokens * (1 + reduction) / 2 <= most:
+        rungs.append(math.ceil(tokens))
+        tokens *= reduction
+    return rungs
+
+
+def promoted(trials: Mapping[int, Trial], tokens: int, reduction: float, least: int) -> Sequence[int]:
+    """The best 1 in `reduction` of the trials that have seen so many tokens, best first, and at least so many."""
+    losses = {trial.number: trial.loss_at(tokens) for trial in trials.values() if trial.status != FAILED and trial.tokens >= tokens}
+    ranked = sorted(losses, key=lambda number: (losses[number], number))
+    return ranked[: max(least, int(len(ranked) / reduction))]

@@ -1,0 +1,131 @@
+"""Successive halving without Ray: who goes on, whatever the order in which trials come in and wherever the driver is cut."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm.search.rungs import promoted, rung_tokens
+from llm.search.searchers import searcher_of
+from llm.search.study import Study
+from llm.search.sweep_config import load_sweep
+from llm.search.trials import FAILED, FINISHED, PAUSED, STOPPED, Point, Trial, best_of
+from tests.search.sweeps import write_sweep
+
+ROW_TOKENS = 8 * 32  # of a step of the small run
+
+
+def test_rungs_end_where_there_is_little_left_to_save():
+    assert rung_tokens(1000, 0.1, 3) == [100, 300]
+    assert rung_tokens(2700, 1 / 27, 3) == [100, 300, 900]
+    assert rung_tokens(1000, 0.5, 3) == [500] and rung_tokens(1000, 0.6, 3) == []
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=40), st.floats(1.5, 5))
+def test_the_best_one_in_so_many_goes_on(losses, reduction):
+    trials = {n: Trial(n, {}, curve=(Point(1, 100, loss),)) for n, loss in enumerate(losses)}
+    found = promoted(trials, 100, reduction, 0)
+    assert len(found) == int(len(losses) / reduction)
+    assert all(losses[a] <= losses[b] for a in found for b in set(trials) - set(found))
+    assert promoted(trials, 101, reduction, 0) == [] and len(promoted(trials, 100, reduction, 1)) >= 1
+
+
+def study_of(folder, trials: int) -> Study:
+    path = folder / "sweep.yaml"
+    if not path.exists():
+        scheduler = {"kind": "asha", "first_frac": 1 / 9, "reduction": 3}
+        write_sweep(folder, set={"train.steps": 90, "eval.every_steps": 0}, scheduler=scheduler, budget={"trials": trials})
+    sweep = load_sweep(str(path), [])
+    return Study(sweep, searcher_of(sweep), ("true",), lambda study: None)
+
+
+def loss_of(number: int, step: int) -> float:
+    """Not the same order at every rung."""
+    return 5 + random.Random(number).random() + 0.3 * random.Random(f"{number} {step}").random()
+
+
+def train(study: Study, slots: int, order: random.Random, stop_after: int = 10**9) -> int:
+    """Runs what the study asks for as Tune does, in any order; the steps that were trained."""
+    running, trained, begun = [], 0, 0
+    while True:
+        while len(running) < slots and (run := study.next()) is not None:
+            running.append(run)
+            begun += 1
+            if begun > stop_after:
+                return trained
+        if not running:
+            assert not study.waits
+            return trained
+        run = running.pop(order.randrange(len(running)))
+        config = yaml.safe_load(run.yaml)["train"]
+        until, before = config["until_step"] or config["steps"], study.trials[run.number].tokens // ROW_TOKENS
+        if run.ended:
+            continue
+        if run.number % 13 == 12:
+            study.end(run.number, FAILED, "the loss is nan")
+            continue
+        trained += until - before
+        study.learn(run.number, {"step": until, "tokens": until * ROW_TOKENS, "eval_loss": loss_of(run.number, until), "took_s": 1.0})
+        study.end(run.number, PAUSED if config["until_step"] else FINISHED)
+
+
+@pytest.mark.parametrize(("trials", "slots", "seed"), [(27, 1, 0), (27, 4, 1), (16, 2, 2), (8, 2, 3), (2, 2, 4), (1, 1, 5), (40, 40, 6)])
+def test_at_least_those_of_successive_halving_go_on_in_any_order(tmp_path, monkeypatch, trials, slots, seed):
+    monkeypatch.chdir(tmp_path)
+    study = study_of(tmp_path, trials)
+    train(study, slots, random.Random(seed))
+    assert {trial.status for trial in study.trials.values()} <= {FINISHED, STOPPED, FAILED} and len(study.trials) == trials
+    going = [number for number in study.trials if number % 13 != 12]
+    for step in (10, 30):  # the rungs
+        seen = [number for number in going if study.trials[number].curve[-1].step >= step]
+        best = sorted(seen, key=lambda number: loss_of(number, step))[: max(1, len(seen) // 3)]
+        assert all(study.trials[number].curve[-1].step > step for number in best)
+    best = best_of(study.trials)
+    assert best is not None and best.status == FINISHED
+
+
+def test_one_slot_spends_what_successive_halving_does(tmp_path, monkeypatch):
+    """And what the few cost that went on before better ones had come."""
+    monkeypatch.chdir(tmp_path)
+    study = study_of(tmp_path, 27)
+    trained = train(study, 1, random.Random(0))
+    exact = 25 * 10 + 8 * 20 + 2 * 60  # two of the 27 fail
+    assert exact <= trained <= 1.4 * exact < 0.35 * 27 * 90
+
+
+@pytest.mark.parametrize("cut", [1, 9, 20, 33, 38])
+def test_a_search_that_was_cut_repeats_no_rung_and_finds_the_same_best(tmp_path, monkeypatch, cut):
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "whole")
+    whole = study_of(tmp_path / "whole", 27)
+    train(whole, 1, random.Random(0))
+    monkeypatch.chdir(tmp_path / "cut")
+    first = study_of(tmp_path / "cut", 27)
+    train(first, 1, random.Random(0), stop_after=cut)
+    keep(first, tmp_path / "cut")
+    again = study_of(tmp_path / "cut", 27)
+    assert {number: trial.curve for number, trial in again.trials.items()} == {
+        number: trial.curve for number, trial in first.trials.items()
+    }
+    train(again, 1, random.Random(0))
+    assert {number: (trial.status, trial.curve) for number, trial in again.trials.items()} == {
+        number: (trial.status, trial.curve) for number, trial in whole.trials.items()
+    }
+
+
+def keep(study: Study, folder) -> None:
+    """What the runs of the trials have left: their metrics and checkpoints."""
+    import json
+
+    for trial in study.trials.values():
+        run = folder / "runs" / "search" / "trials" / trial.run_name
+        run.mkdir(parents=True)
+        rows = [{"kind": "eval", "step": point.step, "eval_loss": point.loss} for point in trial.curve]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for point in trial.curve:
+            (run / "checkpoints" / f"step-{point.step:08d}").mkdir(parents=True)
