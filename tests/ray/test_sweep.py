@@ -43,3 +43,40 @@ def test_the_best_trial_is_a_run_that_anyone_can_repeat(tmp_path: Path, trials: 
     losses = [[row["loss"] for row in rows_of(read_rows(run / "metrics.jsonl"), "step")] for run in (trial, alone)]
     assert losses[0] == losses[1]
     assert len(list((tmp_path / "runs" / "cache" / "tokens").iterdir())) > 0, "the trials shared their tokens"
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(1800)
+def test_a_population_hands_real_checkpoints_on_to_other_layouts(tmp_path: Path) -> None:
+    """The better trial trains at ZeRO 1, DP 2; the worse one takes over from it at ZeRO 3, TP 2, and so does whoever runs that run alone."""
+    space = {"train.lr": {"grid": [1e-5, 3e-2]}, "parallel.zero_stage": {"choice": [1, 3]}, "parallel.tensor": {"choice": [1, 2]}}
+    settings = {"train.steps": 12, "parallel.workers": 2, "eval.every_steps": 0, "checkpoint.every_steps": 0}
+    scheduler = {"kind": "pbt", "first_frac": 0.5, "quantile_frac": 0.5}
+    path = write_sweep(
+        tmp_path,
+        sweep={"name": "search", "seed": 5},
+        space=space,
+        set=settings,
+        scheduler=scheduler,
+        budget={"trials": 2, "max_concurrent": 1},
+    )
+    finish(start_sweep(path, command=PRETRAIN), 1500)
+    folder = tmp_path / "runs" / "search"
+    rows = [json.loads(line) for line in (folder / "sweep.jsonl").read_text().splitlines()]
+    generation = next(row for row in rows if row["kind"] == "generation")
+    taken = generation["takeovers"][0]
+    heir = folder / "trials" / f"{taken['trial']:04d}-1"
+    assert (taken["trial"], taken["of"], generation["step"]) == (0, 1, 6)
+    rows = read_rows(heir / "metrics.jsonl")
+    assert [row["step"] for row in rows_of(rows, "step")] == list(range(7, 13))
+    donor = rows_of(read_rows(folder / "trials" / "0001" / "metrics.jsonl"), "step")
+    assert [row["ledger"] for row in rows_of(rows, "step")] == [row["ledger"] for row in donor[6:]], "all trials see the same data"
+    config = yaml.safe_load((heir / "config.yaml").read_text())
+    assert (config["parallel"]["zero_stage"], config["parallel"]["tensor"]) == (3, 2)
+    there = json.loads((folder / "trials" / "0001" / "checkpoints" / "step-00000006" / "state.json").read_text())["layout"]
+    assert (there["zero_stage"], there["tensor"]) == (1, 1)
+    alone = tmp_path / "alone.yaml"
+    alone.write_text(yaml.safe_dump({**config, "run": {**config["run"], "name": "alone", "storage": f"{tmp_path}/alone"}}))
+    finish(start_run(alone), 400)
+    again = rows_of(read_rows(tmp_path / "alone" / "alone" / "metrics.jsonl"), "step")
+    assert [row["loss"] for row in again] == [row["loss"] for row in rows_of(rows, "step")]
