@@ -48,7 +48,7 @@ def test_the_best_trial_is_a_run_that_anyone_can_repeat(tmp_path: Path, trials: 
 @pytest.mark.faults
 @pytest.mark.timeout(1800)
 def test_a_population_hands_real_checkpoints_on_to_other_layouts(tmp_path: Path) -> None:
-    """The better trial trains at ZeRO 1, DP 2; the worse one takes over from it at ZeRO 3, TP 2, and so does whoever runs that run alone."""
+    """The better trial trains at ZeRO 1, DP 2; the worse one takes over from it at ZeRO 3, TP 2, as anyone can repeat."""
     space = {"train.lr": {"grid": [1e-5, 3e-2]}, "parallel.zero_stage": {"choice": [1, 3]}, "parallel.tensor": {"choice": [1, 2]}}
     settings = {"train.steps": 12, "parallel.workers": 2, "eval.every_steps": 0, "checkpoint.every_steps": 0}
     scheduler = {"kind": "pbt", "first_frac": 0.5, "quantile_frac": 0.5}

@@ -12,6 +12,7 @@ from jobs import sweep, tune_batch
 from jobs.pretrain import main as pretrain
 from jobs.train_tokenizer import main as train_tokenizer
 from llm.errors import ConfigError
+from llm.search.trials import Trial
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -44,7 +45,7 @@ def test_the_sweep_command_loads_its_sweep(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sweep, "sweep", lambda found: seen.append(found) or 0)
     assert sweep.main(shlex.split(command)[3:]) == 0, capsys.readouterr().err
-    assert seen[0].file.budget.trials == 8 and seen[0].trial(0, seen[0].space.draw(0, 0)).train.steps == 60
+    assert seen[0].file.budget.trials == 8 and seen[0].trial(Trial(0, seen[0].space.draw(0, 0))).train.steps == 60
 
 
 def test_the_tune_batch_command_loads_its_run(monkeypatch, capsys):
