@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -174,6 +174,17 @@ def took_s_of(metrics: bytes) -> float:
 
 def _rows(metrics: bytes) -> list[Row]:
     return MetricsTail(lambda offset: metrics[offset:]).poll()
+
+
+def at_most_tokens(trials: Collection[Trial], least: int) -> dict[int, float]:
+    """Losses, by trial, after the most tokens at which at least so many trials have been evaluated; empty where none are."""
+    at: dict[int, dict[int, float]] = {}
+    for trial in trials:
+        for point in trial.curve:
+            if math.isfinite(point.loss) and trial.status != FAILED:
+                at.setdefault(point.tokens, {})[trial.number] = point.loss
+    enough = [tokens for tokens, losses in at.items() if len(losses) >= least]
+    return at[max(enough)] if enough else {}
 
 
 def best_of(trials: Mapping[int, Trial]) -> Trial | None:

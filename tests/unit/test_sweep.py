@@ -24,7 +24,7 @@ from llm.search.space import parse_space
 from llm.search.study import Study
 from llm.search.sweep_config import load_sweep, yaml_value
 from llm.search.trial import cause_of
-from llm.search.trials import FAILED, FINISHED, STOPPED, Journal, Point, Trial, best_of, curve_of
+from llm.search.trials import FAILED, FINISHED, STOPPED, Journal, Point, Trial, at_most_tokens, best_of, curve_of
 from tests.search.sweeps import write_sweep
 
 SPACE = {
@@ -225,16 +225,14 @@ def test_searchers_that_learn_do_better_than_chance_and_follow_from_the_trials(t
 
 
 def test_bohb_learns_from_the_most_tokens_that_enough_trials_have_seen():
-    from llm.search.searchers import _at_the_largest_budget
-
     curves = [(1.0,), (2.0, 1.5), (3.0, 2.5), (4.0, 3.5, 3.0)]
     trials = [
         Trial(number, {}, curve=tuple(Point(i + 1, 10 * (i + 1), loss) for i, loss in enumerate(losses)))
         for number, losses in enumerate(curves)
     ]
-    assert _at_the_largest_budget(trials, 3) == {1: 1.5, 2: 2.5, 3: 3.5}
-    assert _at_the_largest_budget(trials, 4) == {0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0}
-    assert _at_the_largest_budget(trials, 5) == {}
+    assert at_most_tokens(trials, 3) == {1: 1.5, 2: 2.5, 3: 3.5}
+    assert at_most_tokens(trials, 4) == {0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0}
+    assert at_most_tokens(trials, 5) == {}
 
 
 def test_a_searcher_that_is_not_installed_is_named(tmp_path, monkeypatch):
