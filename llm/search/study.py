@@ -14,7 +14,7 @@ from llm.search.population import Population
 from llm.search.rungs import Rungs
 from llm.search.sweep_config import Sweep
 from llm.search.trial import TrialRun
-from llm.search.trials import FAILED, METRICS, PAUSED, RUNNING, STOPPED, Journal, Point, Trial, curve_of, took_s_of
+from llm.search.trials import FAILED, FINISHED, METRICS, PAUSED, RUNNING, STOPPED, Journal, Point, Trial, curve_of, took_s_of
 from llm.storage import join, read_bytes_or_none
 
 # What proposes the settings of the n-th setting, from 0, given all trials so far; None where there are no more.
@@ -74,7 +74,9 @@ class Study:
         for trial in list(self.trials.values()):
             self._read_again(trial)
         self.arrived = {trial.number for trial in self.trials.values() if self._has_arrived(trial)}  # they pause where the scheduler said
-        self._to_begin = [n for n, trial in self.trials.items() if trial.status != FAILED and n not in self.arrived]
+        # Tune's median rule must hear again what trials that have ended had shown.
+        again = {RUNNING, FINISHED, STOPPED} if file.scheduler.kind == "median" else {RUNNING}
+        self._to_begin = [n for n, trial in self.trials.items() if trial.status in again and n not in self.arrived]
         self._settings = 1 + max((self._setting_of(trial) for trial in self.trials.values()), default=-1)
         self._repeats_left: list[tuple[dict[str, Any], int]] = self._unrepeated()
         self.cut = ""  # which budget ended the sweep
