@@ -30,11 +30,18 @@ def job_on(workers: int, tensor: int, zero_stage: int, rank_rows: int) -> Job:
     return replace(job, tokenizer=replace(job.tokenizer, vocab_size=VOCAB))
 
 
+def timed_briefly(*args: Any) -> None:
+    from llm.train.tune import probe
+
+    probe.TIMING_S = 1.0
+    probe_main(*args)
+
+
 @pytest.mark.faults  # holds real peaks of memory against each other: seen to miss by more than one size on a busy machine
 @pytest.mark.parametrize(("workers", "tensor", "zero_stage"), [(2, 1, 3), (2, 2, 1)], ids=["zero3_dp2", "tp2"])
 def test_the_largest_that_fits_is_found_in_five_probes(workers, tensor, zero_stage):
     job = job_on(workers, tensor, zero_stage, 48)
-    probes = LocalProbes(job)
+    probes = LocalProbes(job, timed_briefly)
     measured = search_largest(48, LIMIT, probes, lambda told: None, TIMEOUT_S)
     search = measured.search
     assert search.largest is not None and 1 < search.largest < 48

@@ -55,7 +55,7 @@ def search_largest(rank_rows: int, limit_bytes: int | None, start: StartProbe, t
     search = Search(legal_rows(rank_rows), limit_bytes=limit_bytes)
     samples: list[dict[tuple[int, int], tuple[float, ...]]] = []
     tasks: list[ProbeTask] = []
-    while sizes := search.next_sizes() or _untimed(search, samples):
+    while sizes := _next_sizes(search, samples):
         task = ProbeTask(sizes, _to_time(search, sizes, samples), search.limit_bytes)
         tell(f"probe {search.probes + 1}: micro-batches of {', '.join(map(str, sizes))} rows")
         with start(task) as ranks:
@@ -66,10 +66,13 @@ def search_largest(rank_rows: int, limit_bytes: int | None, start: StartProbe, t
     return Measured(search, speed_of(samples), tuple(tasks))
 
 
-def _untimed(search: Search, samples: Sequence[dict[tuple[int, int], tuple[float, ...]]]) -> tuple[int, ...]:
-    """The size to use, where nothing has timed it: the process that ran it ended before, or a margin asks for a smaller one."""
+def _next_sizes(search: Search, samples: Sequence[dict[tuple[int, int], tuple[float, ...]]]) -> tuple[int, ...]:
+    """What the search asks for; before its last probe goes, the size to use where nothing has timed it: the process that ran it ended
+    before, or a margin asks for a smaller one."""
     timed, rows = {rows for probe in samples for rows, _ in probe}, within_margin(search, MARGIN_FRAC)
-    return (rows,) if rows and rows not in timed and search.probes < MAX_PROBES else ()
+    untimed = (rows,) if rows and rows not in timed else ()
+    left = MAX_PROBES - search.probes
+    return () if left < 1 else untimed if untimed and left == 1 else search.next_sizes() or untimed
 
 
 def _to_time(search: Search, sizes: tuple[int, ...], samples: Sequence[dict[tuple[int, int], tuple[float, ...]]]) -> tuple[int, ...]:
@@ -77,7 +80,7 @@ def _to_time(search: Search, sizes: tuple[int, ...], samples: Sequence[dict[tupl
     speed = speed_of(samples)
     also: set[int] = set()
     if len(sizes) == 1:
-        also |= {max((rows for rows in search.legal if rows < sizes[0] and rows <= (search.largest or 0)), default=sizes[0])}
+        also |= {max((rows for rows in search.legal if rows < sizes[0] and rows not in search.failed), default=sizes[0])}
         if speed is not None:
             per_row = {rows: rows / step_s for rows, step_s in speed.microbatch_s.items()}
             also |= {max(per_row, key=per_row.__getitem__)}

@@ -37,7 +37,7 @@ from llm.train.tune.events import Event, Fits, Limit, OutOfMemory, ProbeTask, Ti
 from llm.train.tune.memory_model import worth_trying
 
 CPU_FRAC = 0.9  # of the memory that is free, where no limit is given
-STEPS_A_SIZE = 2  # the first makes the optimizer's moments, the second has them while it computes
+STEPS_A_SIZE = 6  # the first makes the optimizer's moments; on a CPU the heap goes on growing by some 10% over the next ones
 ROUNDS = 25  # of timing, size by size in turn: a neighbour's work on the machine meets all sizes alike
 TIMING_S = 20.0  # after which no further round begins, once there are MIN_ROUNDS
 MIN_ROUNDS = 3

@@ -169,8 +169,6 @@ def _next_larger(found: Findings) -> str:
         return "none: a data rank has no more rows in a step"
     if larger in search.failed:
         return f"{larger} rows ran out of memory"
-    if search.smallest_failed is not None and search.exact:
-        return f"{search.smallest_failed} rows ran out of memory"
     line = fit_line(search.peaks)
     return f"{larger} rows: not tried" + (f", the line says {line.at(larger) / GIB:.2f} GiB" if line else "")
 
