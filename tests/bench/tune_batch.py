@@ -73,7 +73,7 @@ def _scan(job: Job, limit: int, rounds: int) -> dict[int, float]:
     print(f"scan: {fitting} fit")
     samples: dict[tuple[int, int], tuple[float, ...]] = {}
     for _ in range(rounds):
-        for key, times in _run(job, ProbeTask((fitting[0],), tuple(fitting), NO_LIMIT)).samples.items():
+        for key, times in _run(job, ProbeTask((fitting[-1],), tuple(fitting), NO_LIMIT)).samples.items():
             samples[key] = samples.get(key, ()) + times
     speed = speed_of([samples])
     assert speed is not None

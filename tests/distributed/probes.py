@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,9 @@ from llm.job import Job
 from llm.parallel.mesh import Mesh
 from llm.train.tune.events import Event, ProbeTask, RankDiedError
 from tests.distributed.layouts import CONTEXT, _free_port
+
+# M_ARENA_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, which a worker gets by its environment (llm.train.launch.KEEP_FREED_MEMORY).
+MALLOPT = {-8: 1, -3: 32 << 20, -1: (1 << 31) - 1}
 
 
 class LocalProbes:
@@ -51,6 +55,9 @@ def probe_main(sender: Any, job: Job, mesh: Mesh, task: ProbeTask, port: int, sc
     os.dup2(quiet, 2)
     from llm.train.tune.probe import begin_process, probe
 
+    libc = ctypes.CDLL(None)
+    for option, value in MALLOPT.items():
+        libc.mallopt(option, value)
     try:
         begin_process(mesh, "127.0.0.1", port, mesh.rank, task.local_size)
         for event in probe(job, mesh, task):

@@ -16,8 +16,8 @@ from llm.train.tune.memory_model import MAX_PROBES
 from tests.distributed.layouts import llama, make_config, make_job, run_ranks
 from tests.distributed.probes import LocalProbes, probe_main
 
-VOCAB, SEQ_LEN, TIMEOUT_S = 8192, 64, 300.0
-LIMIT = 560 << 20  # of which 400 MiB are libraries: about 10 rows of some 15 MiB
+VOCAB, SEQ_LEN, TIMEOUT_S = 8192, 256, 300.0
+LIMIT = 740 << 20  # of which 400 MiB are libraries; alone, 8 rows take 650 to 700 MiB, 12 take 780 to 830
 
 
 def job_on(workers: int, tensor: int, zero_stage: int, rank_rows: int) -> Job:
@@ -37,14 +37,16 @@ def timed_briefly(*args: Any) -> None:
     probe_main(*args)
 
 
-@pytest.mark.faults  # holds real peaks of memory against each other: seen to miss by more than one size on a busy machine
-@pytest.mark.parametrize(("workers", "tensor", "zero_stage"), [(2, 1, 3), (2, 2, 1)], ids=["zero3_dp2", "tp2"])
+@pytest.mark.parametrize(("workers", "tensor", "zero_stage"), [
+    (2, 2, 1), pytest.param(2, 1, 3, marks=pytest.mark.faults)
+], ids=["tp2", "zero3_dp2"])  # fmt: skip
 def test_the_largest_that_fits_is_found_in_five_probes(workers, tensor, zero_stage):
-    job = job_on(workers, tensor, zero_stage, 48)
+    """Or the next smaller legal size."""
+    job = job_on(workers, tensor, zero_stage, 24)
     probes = LocalProbes(job, timed_briefly)
-    measured = search_largest(48, LIMIT, probes, lambda told: None, TIMEOUT_S)
+    measured = search_largest(24, LIMIT, probes, lambda told: None, TIMEOUT_S)
     search = measured.search
-    assert search.largest is not None and 1 < search.largest < 48
+    assert search.largest is not None and 1 < search.largest < 24
     assert len(probes.tasks) == search.probes <= MAX_PROBES
     assert measured.speed is not None and measured.usable_rows in measured.speed.microbatch_s
     # By themselves in fresh processes: what was found fits; a size above the next larger one does not.

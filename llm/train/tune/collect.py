@@ -56,7 +56,7 @@ def search_largest(rank_rows: int, limit_bytes: int | None, start: StartProbe, t
     samples: list[dict[tuple[int, int], tuple[float, ...]]] = []
     tasks: list[ProbeTask] = []
     while sizes := _next_sizes(search, samples):
-        task = ProbeTask(sizes, _to_time(search, sizes, samples), search.limit_bytes)
+        task = ProbeTask(sizes, _to_time(search, sizes), search.limit_bytes)
         tell(f"probe {search.probes + 1}: micro-batches of {', '.join(map(str, sizes))} rows")
         with start(task) as ranks:
             found = listen(ranks, task, timeout_s)
@@ -75,16 +75,9 @@ def _next_sizes(search: Search, samples: Sequence[dict[tuple[int, int], tuple[fl
     return () if left < 1 else untimed if untimed and left == 1 else search.next_sizes() or untimed
 
 
-def _to_time(search: Search, sizes: tuple[int, ...], samples: Sequence[dict[tuple[int, int], tuple[float, ...]]]) -> tuple[int, ...]:
-    """The sizes of the climb; after one size alone, also the next smaller legal one, and the fastest so far, to compare with."""
-    speed = speed_of(samples)
-    also: set[int] = set()
-    if len(sizes) == 1:
-        also |= {max((rows for rows in search.legal if rows < sizes[0] and rows not in search.failed), default=sizes[0])}
-        if speed is not None:
-            per_row = {rows: rows / step_s for rows, step_s in speed.microbatch_s.items()}
-            also |= {max(per_row, key=per_row.__getitem__)}
-    return tuple(sorted({*sizes, *also}))
+def _to_time(search: Search, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """All legal sizes up to the largest that is tried: in one process, in turn, they can be compared."""
+    return tuple(rows for rows in search.legal if rows <= sizes[-1] and rows not in search.failed)
 
 
 def listen(ranks: Sequence[Iterator[Event]], task: ProbeTask, timeout_s: float) -> Found:

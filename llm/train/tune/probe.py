@@ -39,7 +39,8 @@ from llm.train.tune.memory_model import worth_trying
 CPU_FRAC = 0.9  # of the memory that is free, where no limit is given
 STEPS_A_SIZE = 6  # the first makes the optimizer's moments; on a CPU the heap goes on growing by some 10% over the next ones
 ROUNDS = 25  # of timing, size by size in turn: a neighbour's work on the machine meets all sizes alike
-TIMING_S = 20.0  # after which no further round begins, once there are MIN_ROUNDS
+MOST_TIMED = 16  # microbatches of a timed step: of a step of more, the rest is told by the model
+TIMING_S = 40.0  # after which no further round begins, once there are MIN_ROUNDS
 MIN_ROUNDS = 3
 DOCUMENTS_A_ROW = 4  # with data.isolate_documents, whose mask takes memory
 NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc", "alloc_failed", "can't start new thread")
@@ -67,7 +68,7 @@ def probe(job: Job, mesh: Mesh, task: ProbeTask) -> Iterator[Event]:
                 _step(job, engine, rows, accumulation)
             peaks[rows] = _agreed(memory.peak(), dist.ReduceOp.MAX)
             yield Fits(rows, peaks[rows])
-        sizes = [n for n in task.time if n in peaks or n not in task.climb]
+        sizes = [n for n in task.time if n <= max(peaks)]  # what is smaller takes less
         rows = max(sizes, default=rows)
         if not torch.cuda.is_available():
             memory.lift_limit()  # sizes that fit alone need not fit after one another, and what fits is known by now
@@ -90,8 +91,8 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def _timed(job: Job, engine: Engine, sizes: list[int]) -> Iterator[Event]:
-    """Seconds of a step with one microbatch, and with two where the run has so many, for each size."""
-    cases = [(rows, count) for rows in sizes for count in (1, 2) if count <= job.config.rank_rows // rows]
+    """Seconds of a step with one microbatch, and with as many as the run has, for each size."""
+    cases = [(rows, count) for rows in sizes for count in sorted({1, min(MOST_TIMED, job.config.rank_rows // rows)})]
     times: dict[tuple[int, int], list[float]] = {case: [] for case in cases}
     for rows, accumulation in cases:
         _step(job, engine, rows, accumulation)

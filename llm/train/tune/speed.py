@@ -1,7 +1,7 @@
 """How fast each micro-batch is, and where more rows or more accumulation stop helping. Pure.
 
 A step is its microbatches and one update: step_s = update_s + accumulation * microbatch_s. The update (reducing gradients over data ranks,
-clipping, the optimizer) takes the same time for every size; steps with one and with two microbatches tell the two apart. Of several
+clipping, the optimizer) takes the same time for every size; steps with one and with several microbatches tell the two apart. Of several
 timings of the same step the shortest counts: a neighbour on the machine only ever makes a step longer, and never the same one of two sizes.
 """
 
@@ -59,11 +59,13 @@ def speed_of(probes: Sequence[Samples]) -> Speed | None:
             merged.setdefault(key, step_s * factor)
     if not merged:
         return None
-    updates = [2 * merged[rows, 1] - merged[rows, 2] for rows, accumulation in merged if accumulation == 2 and (rows, 1) in merged]
+    most = {rows: max(count for size, count in merged if size == rows) for rows in sorted({rows for rows, _ in merged})}
+    updates = [
+        (count * merged[rows, 1] - merged[rows, count]) / (count - 1) for rows, count in most.items() if count > 1 and (rows, 1) in merged
+    ]
     update_s = max(0.0, median(updates)) if updates else 0.0
     microbatch_s = {}
-    for rows in sorted({rows for rows, _ in merged}):
-        count = 2 if (rows, 2) in merged else 1
+    for rows, count in most.items():
         step_s = merged[rows, count]
         # The update is the median over sizes: for a small size on a busy machine, more than its whole step may be.
         microbatch_s[rows] = max(step_s - update_s, LEAST_FRAC * step_s) / count
