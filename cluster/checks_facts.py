@@ -34,8 +34,8 @@ class Gpu:
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """`versions`: of Python and LIBRARIES, None where one is not installed. `disks`: by what they are for. `gpu_error`: why nvidia-smi, which
-    is there, told nothing. `shm_bytes`: the size of /dev/shm, None where there is none."""
+    """`versions`: of Python and LIBRARIES, None where one is not installed. `disks`: by what they are for. `gpu_error`: why nvidia-smi,
+    which is there, told nothing. `shm_bytes`: the size of /dev/shm, None where there is none."""
 
     versions: dict[str, str | None]
     disks: dict[str, Disk]

@@ -37,8 +37,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class NodeReport:
-    """All that is known of a node. `silence`: why it told nothing; then nothing below counts. `storage_error`: None where it went well, or was
-    not tried."""
+    """All that is known of a node. `silence`: why it told nothing; then nothing below counts. `storage_error`: None where it went well, or
+    was not tried."""
 
     node: str
     address: str
@@ -54,8 +54,8 @@ class NodeReport:
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """An all-reduce between `nodes` processes on as many nodes. `gb_per_s`: by bytes of the buffer, on the slowest rank. `busy`: it could not
-    be tried, because the GPUs are in use."""
+    """An all-reduce between `nodes` processes on as many nodes. `gb_per_s`: by bytes of the buffer, on the slowest rank. `busy`: it could
+    not be tried, because the GPUs are in use."""
 
     nodes: int
     backend: str

@@ -34,8 +34,8 @@ class Examination:
 
 
 def examine(places: Mapping[str, str], check_storage: Callable[[], None] | None, measure: Measure, timeout_s: float) -> Examination:
-    """What all alive nodes told, each step within `timeout_s`. `places`: folders whose disks count, by what they are for. `check_storage` runs
-    on every node and raises what is wrong. `measure` runs on all nodes at once; with one node there is no bandwidth."""
+    """What all alive nodes told, each step within `timeout_s`. `places`: folders whose disks count, by what they are for. `check_storage`
+    runs on every node and raises what is wrong. `measure` runs on all nodes at once; with one node there is no bandwidth."""
     import ray
 
     rows = sorted((row for row in ray.nodes() if row["Alive"]), key=lambda row: HEAD_RESOURCE not in row["Resources"])
@@ -157,7 +157,7 @@ def _clock_of(probe: Any, timeout_s: float) -> ClockOffset | None:
     for _ in range(CLOCK_ROUNDS):
         asked_at_s, began_s = time.time(), time.perf_counter()
         try:
-            told_at_s = ray.get(probe.clock.remote(), timeout=timeout_s)
+            told_at_s: Any = ray.get(probe.clock.remote(), timeout=timeout_s)
         except Exception:  # it answered a moment ago
             return None
         rounds.append((asked_at_s, told_at_s, asked_at_s + time.perf_counter() - began_s))
@@ -191,7 +191,7 @@ def _head_ports(head: str) -> list[Port]:
 
     host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
     found = [Port("head", "control service (GCS)", host.strip("[]") or head, int(port))]
-    if dashboard := _internal_kv_get("dashboard", namespace=b"dashboard"):
+    if dashboard := _internal_kv_get("webui:url", namespace=b"dashboard"):  # empty where the head serves none
         host, _, port = dashboard.decode().rpartition(":")
         found.append(Port("head", "jobs and dashboard server", host.strip("[]"), int(port)))
     return found

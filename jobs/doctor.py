@@ -64,8 +64,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def diagnose(config: RunConfig | None, timeout_s: float, least_gb_per_s: float) -> list[Finding]:
-    """Connects to the cluster of RAY_ADDRESS, or starts a private one, and judges it, red findings first. Raises ClusterError where it cannot
-    connect."""
+    """Connects to the cluster of RAY_ADDRESS, or starts a private one, and judges it, red findings first. Raises ClusterError where it
+    cannot connect."""
     wanted = _wanted(config, least_gb_per_s)
     if not is_private():
         _require_head(os.environ["RAY_ADDRESS"])
