@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 
 from cluster.checks_facts import versions
 from cluster.checks_judge import Finding, Wanted, exit_code, judge
+from cluster.checks_head import require_head
 from cluster.connect import connected, is_private
 from cluster.doctor import examine
 from cluster.errors import ClusterError
@@ -26,7 +26,6 @@ from llm.model.presets import model_config
 from llm.storage import is_s3, local_path, read_bytes
 from llm.storage_check import check_storage, delete_object, put_object
 
-REACH_S = 5.0
 CHECKPOINT_BYTES_A_PARAMETER = 12  # fp32 weights and two moments
 STORAGE = "run.storage"
 
@@ -68,7 +67,7 @@ def diagnose(config: RunConfig | None, timeout_s: float, least_gb_per_s: float) 
     cannot connect."""
     wanted = _wanted(config, least_gb_per_s)
     if not is_private():
-        _require_head(os.environ["RAY_ADDRESS"])
+        require_head(os.environ["RAY_ADDRESS"])
     with connected(int(wanted.cpus)):
         take_over_signals()  # Ray has put its own handler in their place
         findings: list[Finding] = []
@@ -118,21 +117,6 @@ def _free_bytes(config: RunConfig) -> dict[str, int]:
     if parameters is None:
         return {}
     return {STORAGE: parameters * CHECKPOINT_BYTES_A_PARAMETER * (max(config.checkpoint.keep, 2) + 1)}
-
-
-def _require_head(address: str) -> None:
-    """Raises ClusterError where nothing listens there: Ray itself would try for a minute."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        return  # "auto": Ray finds out
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise ClusterError(
-            f"no head answers at {address} ({why}). Start one (ray start --head --port={port}), or give the address of one that lives: "
-            "--address or RAY_ADDRESS."
-        ) from None
 
 
 if __name__ == "__main__":

@@ -96,8 +96,3 @@ def planted_cluster(before: tuple[str, ...] = (), env: dict[str, str] | None = N
         if cluster is not None:
             cluster.close()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def reds(findings: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """(what, seen) of the red ones."""
-    return [(each["what"], each["seen"]) for each in findings if each["severity"] == "red"]
