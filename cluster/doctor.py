@@ -224,8 +224,11 @@ def _measured(measure: Measure, backend: str, rows: list[dict[str, Any]], probes
     where = f"{rows[0]['NodeManagerAddress']}:{found.value}"
     refs = [probe.attempt.remote(measure, rank, count, where, backend, timeout_s) for rank, probe in enumerate(probes)]
     answers = _gather(refs, timeout_s + 10)  # so that a group that does not form says so itself
-    failures = [answer.error or answer.value[1] for answer in answers if answer.error or answer.value[1]]
+    failures = {_report(row).node: answer.error or answer.value[1] for row, answer in zip(rows, answers, strict=True)}
+    failures = {node: why for node, why in failures.items() if why}
     if failures:
-        return Bandwidth(count, backend, {}, f"{len(failures)} of {count} ranks failed: {failures[0]}")
+        # The ranks that only waited say little; what broke says more.
+        node, why = min(failures.items(), key=lambda each: any(word in each[1].lower() for word in ("timeout", "timed out", "no answer")))
+        return Bandwidth(count, backend, {}, f"{len(failures)} of {count} ranks failed, {node}: {why}")
     speeds = [answer.value[0] for answer in answers]
     return Bandwidth(count, backend, {size: min(speed[size] for speed in speeds) for size in speeds[0]})

@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 START_S = 120
+MARK = "HEADRACE_TEST_CLUSTER"  # inherited by every process of a node, whoever its parent is later
 NODE_FLAGS = ("--node-ip-address=127.0.0.1", "--object-store-memory=80000000", "--min-worker-port=0", "--max-worker-port=0")
 
 
@@ -37,7 +37,7 @@ class PlantedCluster:
     def __init__(self, folder: Path, before: tuple[str, ...], env: dict[str, str]) -> None:
         self.folder, self.before = folder, before
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        self.env = {**os.environ, **token, "PYTHONPATH": str(ROOT), **env}
+        self.env = {**os.environ, **token, "PYTHONPATH": str(ROOT), MARK: str(folder), **env}
         self.env.pop("RAY_ADDRESS", None)
         self.address = f"127.0.0.1:{free_port()}"
         self.nodes: list[subprocess.Popen[bytes]] = []
@@ -75,14 +75,19 @@ class PlantedCluster:
         return node
 
     def close(self) -> None:
-        for node in reversed(self.nodes):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                for process in psutil.Process(node.pid).children(recursive=True):
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        process.kill()
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(node.pid, signal.SIGKILL)
-            node.wait()
+        """Ends every process of the cluster: again until none is left, for a raylet starts workers up to its end."""
+        while ours := [process for process in psutil.process_iter() if self._is_ours(process)]:
+            for process in ours:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            for node in self.nodes:
+                node.wait()
+            psutil.wait_procs(ours, timeout=10)
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        with contextlib.suppress(psutil.Error):
+            return process.environ().get(MARK) == self.env[MARK] and process.status() != psutil.STATUS_ZOMBIE
+        return False
 
 
 @contextmanager

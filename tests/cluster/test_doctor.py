@@ -38,7 +38,9 @@ def test_a_client_without_the_token_gets_one_clear_line(cluster: PlantedCluster,
     done = cluster.told(env=stranger)
     assert done.returncode == 3 and done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: the cluster at {cluster.address} refuses this client's token, or that there is none. Set RAY_AUTH_MODE=token")
+    assert line.startswith(
+        f"error: the cluster at {cluster.address} refuses this client's token, or that there is none. Set RAY_AUTH_MODE=token"
+    )
 
 
 def test_no_head_is_one_clear_line(cluster: PlantedCluster) -> None:

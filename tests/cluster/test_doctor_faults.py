@@ -82,6 +82,15 @@ def test_a_node_that_may_not_write_on_s3_is_told_by_name(tmp_path: Path) -> None
 
 
 @pytest.mark.faults
+def test_a_group_that_cannot_form_is_told() -> None:
+    with planted_cluster() as cluster:
+        cluster.add(env={"GLOO_SOCKET_IFNAME": "nowhere0"})
+        found = reds(cluster, "--timeout", "15")
+    ((node, what, seen),) = found
+    assert (node, what) == ("cluster", "gloo all-reduce") and "nowhere0" in seen
+
+
+@pytest.mark.faults
 def test_a_node_that_does_not_answer_is_told_by_name() -> None:
     with planted_cluster() as cluster:
         raylet = cluster.raylet_of(cluster.add())

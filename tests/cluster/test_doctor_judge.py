@@ -137,7 +137,7 @@ def test_versions_are_those_of_the_installed_packages():
 
 
 def test_the_shortest_round_trip_tells_the_offset():
-    assert clock_offset([(100.0, 109.0, 104.0), (200.0, 207.1, 200.2)]) .offset_s == pytest.approx(7.0)
+    assert clock_offset([(100.0, 109.0, 104.0), (200.0, 207.1, 200.2)]).offset_s == pytest.approx(7.0)
     assert clock_offset([(100.0, 109.0, 104.0), (200.0, 207.1, 200.2)]).error_s == pytest.approx(0.1)
 
 
