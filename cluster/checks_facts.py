@@ -53,7 +53,7 @@ def node_facts(places: dict[str, str]) -> NodeFacts:
         versions=versions(),
         disks={what: _disk(Path(place)) for what, place in places.items()},
         shm_bytes=shutil.disk_usage(SHARED_MEMORY).total if SHARED_MEMORY.is_dir() else None,
-        auth_mode=os.environ.get("RAY_AUTH_MODE", "disabled").lower(),
+        auth_mode=_auth_mode(),
         gpus=gpus,
         gpu_error=gpu_error,
     )
@@ -98,6 +98,13 @@ def _ray_folder() -> str:
 
     node = worker._global_node
     return node.get_session_dir_path() if node is not None else "/tmp/ray"
+
+
+def _auth_mode() -> str:
+    """As Ray itself decides it in this process."""
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+    return "token" if is_token_auth_enabled() else "disabled"
 
 
 def _disk(place: Path) -> Disk:

@@ -11,8 +11,8 @@ ANSWER_S = 5.0
 
 
 def require_head(address: str) -> None:
-    """Raises ClusterError where nothing listens at `address` (host:port), or what listens refuses this process's token. Other addresses that
-    Ray knows ("auto") are left to Ray."""
+    """Raises ClusterError where nothing listens at `address` (host:port), or what listens refuses this process's token. Other addresses
+    that Ray knows ("auto") are left to Ray."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         return
@@ -34,15 +34,13 @@ def _refuses_token(address: str) -> bool:
     """Asks for the cluster's id, with the token of this process's environment; any other trouble will show when Ray connects."""
     import grpc
     from ray._private.grpc_utils import init_grpc_channel
-    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
     try:
         channel = init_grpc_channel(address)
     except Exception as error:  # token mode without a token: Ray's own words name the variables, in a page of text
         return "token" in str(error).lower()
     try:
-        stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
-        stub.GetClusterId(gcs_service_pb2.GetClusterIdRequest(), timeout=ANSWER_S)
+        channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=ANSWER_S)  # a request without fields is no bytes
     except grpc.RpcError as error:
         return isinstance(error, grpc.Call) and error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
     except Exception as error:

@@ -10,8 +10,8 @@ from dataclasses import asdict
 from functools import partial
 
 from cluster.checks_facts import versions
-from cluster.checks_judge import Finding, Wanted, exit_code, judge
 from cluster.checks_head import require_head
+from cluster.checks_judge import Finding, Wanted, exit_code, judge
 from cluster.connect import connected, is_private
 from cluster.doctor import examine
 from cluster.errors import ClusterError
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 def diagnose(config: RunConfig | None, timeout_s: float, least_gb_per_s: float) -> list[Finding]:
     """Connects to the cluster of RAY_ADDRESS, or starts a private one, and judges it, red findings first. Raises ClusterError where it
     cannot connect."""
-    wanted = _wanted(config, least_gb_per_s)
+    wanted = needs_of(config, least_gb_per_s)
     if not is_private():
         require_head(os.environ["RAY_ADDRESS"])
     with connected(int(wanted.cpus)):
@@ -96,7 +96,8 @@ def measure(rank: int, world_size: int, where: str, backend: str, timeout_s: flo
     return all_reduce.measure(rank, world_size, where, backend, timeout_s)
 
 
-def _wanted(config: RunConfig | None, least_gb_per_s: float) -> Wanted:
+def needs_of(config: RunConfig | None, least_gb_per_s: float) -> Wanted:
+    """What the run, or any where there is none, needs of a cluster, with this process's versions."""
     if config is None:
         return Wanted(versions(), least_gb_per_s=least_gb_per_s)
     storage = config.run.storage if is_s3(config.run.storage) else local_path(config.run.storage)

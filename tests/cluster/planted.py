@@ -1,4 +1,4 @@
-"""A real Ray cluster of several nodes on this machine, each a `ray start` with an environment of its own, and the doctor as a user calls it."""
+"""A real Ray cluster on this machine, each node a `ray start` with an environment of its own; and the doctor as a user calls it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """`headrace doctor` finds each planted fault, on the node that has it, and nothing else.
 
 What is real: the versions are those that a node's processes see (a package's metadata earlier on their path); the full disk is a full
-file system; the closed port is refused by the kernel though a raylet listens there; the S3 server refuses to write; the silent node's raylet is
-stopped. The clock is planted in Python: on that node `time.time` is 100 s ahead in every Python process; the machine's clock is not touched.
+file system; the closed port is refused by the kernel though a raylet listens there; the S3 server refuses to write; the silent node's
+raylet is stopped. The clock is planted in Python: `time.time` is 100 s ahead in every Python process of that node; the machine's clock is
+not touched.
 """
 
 from __future__ import annotations

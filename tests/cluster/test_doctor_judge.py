@@ -11,8 +11,11 @@ from rich.console import Console
 
 from cluster.checks_facts import Disk, Gpu, NodeFacts, parse_gpus, versions
 from cluster.checks_judge import GIB, Bandwidth, Finding, NodeReport, Wanted, exit_code, judge
-from cluster.checks_reach import Closed, ClockOffset, Port, clock_offset, closed_ports, neighbours
+from cluster.checks_reach import ClockOffset, Closed, Port, clock_offset, closed_ports, neighbours
+from jobs.doctor import needs_of
 from jobs.doctor_table import folded, show
+from llm.config_file import load_run
+from tests.small_run import ROOT
 
 VERSIONS: dict[str, str | None] = {"python": "3.11.7", "ray": "2.60.0", "torch": "2.13.0"}
 FACTS = NodeFacts(VERSIONS, {"home": Disk("/home", 50 * GIB, 100 * GIB)}, shm_bytes=GIB, auth_mode="token")
@@ -124,6 +127,13 @@ def test_mixed_gpus_and_drivers_are_yellow():
 
 def test_storage_is_not_judged_where_no_run_names_one():
     assert "storage" not in {f.what for f in judged(storage=None)}
+
+
+def test_a_run_needs_room_for_the_checkpoints_that_it_keeps_and_the_one_being_written():
+    keys = ("model.preset=llama_8b", "run.storage=/data", "checkpoint.keep=3", "parallel.workers=2", "data.windows_ahead=1")
+    wanted = needs_of(load_run(str(ROOT / "jobs/recipes/tiny_cpu.yaml"), keys), 0.1)
+    assert wanted.free_bytes == {"run.storage": 8_030_261_248 * 12 * 4}
+    assert (wanted.storage, wanted.workers, wanted.cpus) == ("/data", 2, 3)
 
 
 def test_nvidia_smi_is_read():
