@@ -98,6 +98,8 @@ def exit_code(findings: Sequence[Finding]) -> int:
 def _of_node(node: NodeReport, wanted: Wanted) -> Iterator[Finding]:
     if node.silence is not None or node.facts is None:
         fix = "Look at the node's logs and its network; start it again if it hangs"
+        if "ModuleNotFoundError" in (node.silence or ""):
+            fix = "Install Headrace's checkout on this node, or have Ray bring it: ray job submit --working-dir ."
         yield Finding("red", node.node, "answer", node.silence or "told nothing", "every node runs a task in time", fix)
         return
     yield from _versions(node.node, node.facts, wanted)

@@ -6,6 +6,7 @@ answer in time is a finding itself.
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -116,10 +117,10 @@ def _answer(ref: Any) -> _Answer:
 
 
 def _first_line(error: Exception) -> str:
-    cause = getattr(error, "cause", None) or error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    told = lines[-1] if lines and "Traceback" in str(cause) else lines[0] if lines else type(cause).__name__
-    return told[:300]
+    """Ray wraps an error in pages of traceback: then it is the last line that names one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
+    return (named[-1] if len(lines) > 1 and named else lines[0])[:300]
 
 
 @contextmanager

@@ -54,10 +54,10 @@ class PlantedCluster:
         assert done.stdout, done.stderr[-3000:]
         return done.returncode, json.loads(done.stdout)
 
-    def told(self, *options: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    def told(self, *options: str, env: dict[str, str] | None = None, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
         command = [*self.before, sys.executable, "-m", "jobs.doctor", "--address", self.address, *options]
         environment = {**self.env, **(env or {})}
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
     def raylet_of(self, node: subprocess.Popen[bytes]) -> psutil.Process:
         return next(child for child in psutil.Process(node.pid).children(recursive=True) if child.name() == "raylet")

@@ -83,6 +83,19 @@ def test_a_node_that_may_not_write_on_s3_is_told_by_name(tmp_path: Path) -> None
 
 
 @pytest.mark.faults
+def test_a_node_without_headrace_is_told_by_name(tmp_path: Path) -> None:
+    (tmp_path / "cluster").mkdir()  # another package of that name, which comes before
+    (tmp_path / "cluster" / "__init__.py").touch()
+    with planted_cluster() as cluster:
+        cluster.add(env={"PYTHONPATH": str(tmp_path)})
+        done = cluster.told(cwd=Path("/"))  # not in the checkout, whose path Ray would hand to the nodes
+    assert done.returncode == 3
+    first, second, *_ = done.stdout.splitlines()
+    assert first.startswith("RED ") and ": answer: ModuleNotFoundError: No module named 'cluster.doctor'" in first
+    assert not second.startswith("RED")
+
+
+@pytest.mark.faults
 def test_a_group_that_cannot_form_is_told() -> None:
     with planted_cluster() as cluster:
         cluster.add(env={"GLOO_SOCKET_IFNAME": "nowhere0"})

@@ -81,6 +81,13 @@ def test_each_fault_of_a_node_is_told_by_its_name_and_nothing_else_is(node: Node
     assert exit_code(found) == (3 if told[0] == "red" else 0)
 
 
+def test_a_node_without_headrace_is_told_how_to_get_it():
+    (found,) = [
+        f for f in judged(replace(NODE, facts=None, silence="ModuleNotFoundError: No module named 'cluster'")) if f.severity == "red"
+    ]
+    assert found.what == "answer" and found.fix.startswith("Install Headrace")
+
+
 JUST_SOUND = [
     disk(2 * GIB),
     facts(shm_bytes=GIB),
