@@ -17,6 +17,7 @@ JOBS = {
     "tune-batch": "find the micro-batch that fits, and the critical batch size",
     "checkpoints": "list, verify, inspect and compare a run's checkpoints",
     "export": "write a Hugging Face folder from any checkpoint of a run",
+    "doctor": "check a cluster: versions, disks, clocks, ports, storage, speed between nodes",
     "trace": "print the documents that made a step's batch",
 }
 USAGE = "usage: headrace COMMAND [options]      (headrace COMMAND --help tells the options; --version, --help)"

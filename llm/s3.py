@@ -155,6 +155,8 @@ def explain_s3(error: Exception, bucket: str, s3: S3Section) -> str:
             client.list_objects_v2(Bucket=bucket, MaxKeys=1)  # a HEAD would be refused without a body to say why
         except Exception as asked:
             error, code = asked, _s3_code(asked)
+        else:  # it may list, so the bucket is there and the keys are known: what is denied is this request
+            code = "AccessDenied" if "ACCESS_DENIED" in str(error) else None
     if code == "Connect":
         return f"cannot connect to {where} ({without_noise(error)}). {_S3_FIXES[code][1]}"
     if code == "NoSuchBucket":
@@ -204,7 +206,7 @@ _CODE_TWINS = {
 _S3_FIXES = {
     "AccessDenied": (
         "access denied",
-        "Give these credentials s3:ListBucket, s3:GetObject and, for runs, s3:PutObject on the bucket",
+        "Give these credentials s3:ListBucket, s3:GetObject and, for runs, s3:PutObject and s3:DeleteObject on the bucket",
     ),
     "InvalidAccessKeyId": ("access denied: the access key is not known there", _KEY_FIX),
     "SignatureDoesNotMatch": ("access denied: the secret key does not belong to the access key", _KEY_FIX),

@@ -24,6 +24,8 @@ class S3Server:
     endpoint: str  # http://127.0.0.1:PORT
     access_key: str
     secret_key: str
+    reader_key: str = "headrace-reader"  # of an identity that may read and list, not write
+    reader_secret: str = "headrace-reader-secret"
 
     @property
     def env(self) -> dict[str, str]:
@@ -36,6 +38,11 @@ class S3Server:
             "AWS_REGION": REGION,
             "AWS_EC2_METADATA_DISABLED": "true",
         }
+
+    @property
+    def reader_env(self) -> dict[str, str]:
+        """`env` for the identity that may not write."""
+        return {**self.env, "AWS_ACCESS_KEY_ID": self.reader_key, "AWS_SECRET_ACCESS_KEY": self.reader_secret}
 
     def client(self):
         """A boto3 client with the owner's rights, whatever the environment says."""
@@ -61,9 +68,11 @@ def start_s3_server(folder: str | Path) -> Iterator[S3Server]:
     access_key, secret_key = "headrace-test", "headrace-test-secret"
     credentials = [{"accessKey": access_key, "secretKey": secret_key}]
     identity = {"name": "test", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
-    (folder / "identities.json").write_text(json.dumps({"identities": [identity]}))
     ports = dict(zip(_PORT_FLAGS, _free_ports(len(_PORT_FLAGS)), strict=True))
     server = S3Server(f"http://127.0.0.1:{ports['s3.port']}", access_key, secret_key)
+    reads = [{"accessKey": server.reader_key, "secretKey": server.reader_secret}]
+    reader = {"name": "reader", "credentials": reads, "actions": ["Read", "List"]}
+    (folder / "identities.json").write_text(json.dumps({"identities": [identity, reader]}))
     command = [_weed(), "-logtostderr=true", "server"]
     command += [f"-{flag}={port}" for flag, port in ports.items()] + _FLAGS
     log_path = folder / "server.log"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import sweep, tune_batch
+from jobs import doctor, sweep, tune_batch
 from jobs.pretrain import main as pretrain
 from jobs.train_tokenizer import main as train_tokenizer
 from llm.errors import ConfigError
@@ -61,6 +61,15 @@ def test_the_tune_batch_command_loads_its_run(monkeypatch, capsys):
     assert tune_batch.main(shlex.split(command)[3:]) == 2
     assert capsys.readouterr().err == "error: far enough\n"
     assert seen[0][0].rank_rows == 24 and seen[0][1][1:] == (None, 60, False)
+
+
+def test_the_doctor_command_loads_its_run(monkeypatch, capsys):
+    command = next(c for c in COMMANDS if "jobs.doctor" in c)
+    seen = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(doctor, "diagnose", lambda config, *options: seen.append(config) or [])
+    assert doctor.main(shlex.split(command)[3:]) == 0, capsys.readouterr().err
+    assert seen[0].run.name == "tiny_cpu" and capsys.readouterr().out == "0 red, 0 yellow, 0 green\n"
 
 
 def test_every_file_that_is_named_exists():
