@@ -158,23 +158,32 @@ def test_promtool_parses_every_expression_of_the_dashboard(promtool, tmp_path):
     assert f"{len(shown)} rules found" in run(promtool, "check", "rules", tmp_path / "shown.yaml")
 
 
-def test_on_kubernetes_only_the_metrics_ports_of_ray_pods_are_scraped(promtool, tmp_path):
+def test_on_kubernetes_the_metrics_ports_of_ray_pods_and_the_autoscalers_are_scraped(promtool, tmp_path):
     """The relabelling on pods as Kubernetes would list them: Debian's Prometheus is built without its client."""
 
-    def pod(name: str, port: str, is_ray: str = "yes", phase: str = "Running") -> dict[str, Any]:
-        meta = {"label_ray_io_is_ray_node": is_ray, "container_port_name": port, "phase": phase, "name": name}
-        meta |= {"label_ray_io_cluster": "train", "label_ray_io_group": "gpu"}
+    def pod(name: str, port: str, is_ray: str = "yes", phase: str = "Running", node_type: str = "worker") -> dict[str, Any]:
+        meta = {"label_ray_io_is_ray_node": is_ray, "container_port_name": port, "phase": phase, "name": name, "ip": "10.0.0.9"}
+        meta |= {"label_ray_io_cluster": "train", "label_ray_io_group": "gpu", "label_ray_io_node_type": node_type}
         return {"targets": [f"{name}.invalid:8080"], "labels": {f"__meta_kubernetes_pod_{key}": value for key, value in meta.items()}}
 
+    pods = [pod("worker", "metrics"), pod("head", "metrics", node_type="head"), pod("head", "gcs-server", node_type="head")]
+    pods += [pod("web", "metrics", is_ray="", node_type=""), pod("gone", "metrics", phase="Failed")]
     config = yaml.safe_load((MONITORING / "prometheus_kubernetes.yaml").read_text())
-    (job,) = config["scrape_configs"]
-    assert job.pop("kubernetes_sd_configs") == [{"role": "pod", "namespaces": {"own_namespace": True}}]
-    pods = [pod("worker", "metrics"), pod("head", "gcs"), pod("web", "metrics", is_ray=""), pod("gone", "metrics", phase="Failed")]
-    job["static_configs"] = pods
+    for job in config["scrape_configs"]:
+        assert job.pop("kubernetes_sd_configs") == [{"role": "pod", "namespaces": {"names": ["headrace"]}}]
+        job["static_configs"] = pods
     (tmp_path / "prometheus.yaml").write_text(yaml.safe_dump(config))
     shutil.copy(MONITORING / "alerts.yaml", tmp_path)
     run(promtool, "check", "config", tmp_path / "prometheus.yaml")
-    told = run(promtool, "check", "service-discovery", "--timeout=2s", tmp_path / "prometheus.yaml", "ray")
-    scraped = [each["labels"] for each in json.loads(told[told.index("[") :]) if each.get("labels")]
-    assert [each["instance"] for each in scraped] == ["worker.invalid:8080"]
-    assert (scraped[0]["ray_cluster"], scraped[0]["ray_group"], scraped[0]["pod"]) == ("train", "gpu", "worker")
+
+    def scraped(job: str) -> list[dict[str, str]]:
+        told = run(promtool, "check", "service-discovery", "--timeout=2s", tmp_path / "prometheus.yaml", job)
+        return [each["labels"] for each in json.loads(told[told.index("[") :]) if each.get("labels")]
+
+    nodes, autoscalers = scraped("ray"), scraped("ray-autoscaler")
+    assert sorted(each["instance"] for each in nodes) == ["head.invalid:8080", "worker.invalid:8080"]
+    assert {(each["ray_cluster"], each["ray_group"], each["pod"]) for each in nodes} == {
+        ("train", "gpu", "worker"),
+        ("train", "gpu", "head"),
+    }
+    assert [(each["instance"], each["job"]) for each in autoscalers] == [("10.0.0.9:44217", "ray")]

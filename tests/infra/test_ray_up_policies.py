@@ -65,9 +65,13 @@ def too_much(head: list[dict[str, Any]], worker: list[dict[str, Any]]) -> Iterat
                 resources != ["arn:aws:iam::*:role/headrace-worker"] or "iam:PassedToService" not in condition
             ):
                 yield f"{role}: may give nodes another role than the workers'"
-            if "ec2:RunInstances" in actions and any(":instance/" in place for place in resources) and (
-                '"aws:RequestTag/ray-cluster-name": "headrace"' not in condition
-                or '"ec2:MetadataHttpTokens": "required"' not in condition
+            if (
+                "ec2:RunInstances" in actions
+                and any(":instance/" in place for place in resources)
+                and (
+                    '"aws:RequestTag/ray-cluster-name": "headrace"' not in condition
+                    or '"ec2:MetadataHttpTokens": "required"' not in condition
+                )
             ):
                 yield f"{role}: may start nodes that are not this cluster's, or without IMDSv2"
             if (
