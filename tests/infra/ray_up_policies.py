@@ -159,15 +159,6 @@ def the_dashboard_listens_on_loopback(config: Config) -> Iterator[str]:
         yield "the dashboard, which starts jobs, has to listen on 127.0.0.1: it is reached through a tunnel"
 
 
-@policy(
-    EVERYWHERE,
-    lambda config: [in_command("--ray-client-server-port=0", ""), in_command("client-server-port=0", "client-server-port=10001")],
-)
-def the_ray_client_server_is_off(config: Config) -> Iterator[str]:
-    if start_options(config).get("--ray-client-server-port") != "0":
-        yield "nothing here needs Ray's client server, which runs what it is sent: --ray-client-server-port=0"
-
-
 @policy(EVERYWHERE, lambda config: [in_command("--num-cpus=0", ""), in_command("--num-gpus=0", "--num-gpus=1")])
 def the_head_runs_no_tasks(config: Config) -> Iterator[str]:
     options = start_options(config)

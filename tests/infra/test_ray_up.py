@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import secrets
+import signal
+import socket
 import subprocess
+import sys
+import tempfile
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.infra.ray_up_policies import start_options
@@ -54,6 +64,71 @@ def test_ray_start_knows_every_option(file: str, where: str) -> None:
     arguments = [f"{name}={value}" if value else name for name, value in start_options(load(file), where).items()]
     context = start.make_context("start", arguments)
     assert context.params["head"] == (where == "head") and not context.args
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _answer_of(port: int, token: str, head: subprocess.Popen[bytes], log: Path) -> int:
+    """The status of the dashboard's answer to one with this token, once there is a dashboard."""
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/api/version", headers={"authorization": f"Bearer {token}"} if token else {})
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            return error.code
+        except OSError:
+            assert head.poll() is None and time.monotonic() < deadline, log.read_text(errors="replace")[-2000:]
+            time.sleep(0.5)
+
+
+def _listening_on(port: int, folder: str) -> set[str]:
+    """The addresses on which a process with `folder` on its command line listens."""
+    found: set[str] = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if folder in " ".join(process.cmdline()):
+                connections = process.net_connections("inet")
+                found |= {each.laddr.ip for each in connections if each.status == "LISTEN" and each.laddr.port == port}
+    return found
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(300)
+def test_the_heads_command_starts_a_ray_that_asks_for_the_token_and_shows_its_dashboard_to_the_head_alone() -> None:
+    """The command as shipped, but for the image's PATH, ports of this machine, and Ray's list of nodes to start."""
+    shipped = load("aws")
+    assert all(load(file)["head_start_ray_commands"] == shipped["head_start_ray_commands"] for file in FILES)
+    (command,) = [command for command in shipped["head_start_ray_commands"] if "ray start" in command]
+    ports = {name: _free_port() for name in ("port", "object-manager-port", "metrics-export-port", "dashboard-port")}
+    for name, port in ports.items():
+        command, changed = re.subn(rf"--{name}=\d+", f"--{name}={port}", command)
+        assert changed == 1
+    command, _, rest = command.replace("/opt/headrace/bin", str(Path(sys.executable).parent)).partition("--autoscaling-config=")
+    assert rest == "~/ray_bootstrap_config.yaml"
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:  # short: sockets are in it
+        token, log = Path(folder) / "token", Path(folder) / "log"
+        token.write_text(secrets.token_hex(32))
+        options = [option.removeprefix("--env=").partition("=") for option in shipped["docker"]["run_options"] if "--env=" in option]
+        environment = {**os.environ, **{name: value for name, _, value in options}, "RAY_AUTH_TOKEN_PATH": str(token)}
+        with log.open("wb") as output:
+            words = ["bash", "-c", f"{command} --temp-dir={folder}/ray --block"]
+            head = subprocess.Popen(words, env=environment, stdout=output, stderr=output, start_new_session=True)
+        try:
+            answers = [_answer_of(ports["dashboard-port"], given, head, log) for given in ("", "0" * 64, token.read_text())]
+            listening = _listening_on(ports["dashboard-port"], folder)
+        finally:
+            os.killpg(head.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                head.wait(40)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(head.pid, signal.SIGKILL)
+    assert answers == [401, 403, 200] and listening == {"127.0.0.1"}
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -118,8 +193,8 @@ def launched(config: dict[str, Any], node_type: str, count: int) -> tuple[Any, l
     kind = NODE_KIND_HEAD if node_type == config["head_node_type"] else NODE_KIND_WORKER
     tags = {TAG_RAY_NODE_KIND: kind, TAG_RAY_NODE_NAME: f"ray-headrace-{kind}", TAG_RAY_USER_NODE_TYPE: node_type}
     asked: list[dict[str, Any]] = []
-    requests: Any = provider.ec2_fail_fast.meta.client
-    requests.meta.events.register("provide-client-params.ec2.RunInstances", lambda params, **_: asked.append(params))
+    resource: Any = provider.ec2_fail_fast
+    resource.meta.client.meta.events.register("provide-client-params.ec2.RunInstances", lambda params, **_: asked.append(params))
     for _ in range(count):  # one by one: Ray asks for one at least, and that many moto gives
         provider.create_node(config["available_node_types"][node_type]["node_config"], tags, 1)
     assert len(asked) == count
