@@ -6,6 +6,7 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from jobs.exit_code import exit_code_of, take_over_signals
 from llm.config import RunConfig
 from llm.config_file import dump_run, load_run
 from llm.job import Job
+from llm.metrics import Row
+from llm.observe.exported import LiveRun
 from llm.observe.progress import ProgressLine
 from llm.observe.quiet import redirect_noise
 from llm.observe.watch import RunWatcher
@@ -94,15 +97,25 @@ def _train(config: RunConfig, prepared: Prepared, watcher: RunWatcher, lease: Le
         watcher.progress.waiting("starting the workers")
         from llm.train.launch import WorkerResources, fit  # imports Ray, which must be connected first
 
-        head = HeadWatch(head_address())
+        head, show = HeadWatch(head_address()), _shown_by_ray(config, job, watcher)
 
         def watch() -> None:
             lease.require()
-            watcher.poll()
+            show(watcher.poll())
             head.look()
 
         resources = WorkerResources(plan.cpus_per_worker, plan.gpus_per_worker)
         fit(job, prepared.recipe, resources, str(ray_folder), watch)
+
+
+def _shown_by_ray(config: RunConfig, job: Job, watcher: RunWatcher) -> Callable[[Sequence[Row]], None]:
+    """What takes the run's new rows to Ray's metrics. A private cluster, which nobody watches, has none."""
+    if is_private():
+        return lambda rows: None
+    from llm.train.ray_metrics import RayMetrics
+
+    live = LiveRun(watcher.rows, job.started_at_s, time.time(), config.parallel.workers, config.log.dollars_per_worker_hour)
+    return RayMetrics(config.run.name, live).show
 
 
 def _with_microbatch(config: RunConfig, job: Job, watcher: RunWatcher) -> Job:

@@ -251,6 +251,9 @@ class LogSection(Section):
     tensorboard: bool = True
     mlflow_uri: str | None = None
     wandb_project: str | None = None
+    dollars_per_worker_hour: float | None = Field(
+        default=None, gt=0, description="what a worker's share of its node costs: the run then tells its dollars and $/Mtok"
+    )
 
 
 class RunConfig(Section):

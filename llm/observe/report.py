@@ -41,7 +41,7 @@ def write_report(
     """
     folder = Path(source) if isinstance(source, (str, Path)) else None
     rows = list(source) if not isinstance(source, (str, Path)) else read_rows(Path(source) / "metrics.jsonl")
-    summary = summarize(rows, outputs)
+    summary = summarize(rows, outputs, ((config or {}).get("log") or {}).get("dollars_per_worker_hour"))
     rows = without_redone(rows)
     if title is None:
         title = flat_params(config or {}).get("run.name") or (folder.name if folder else "run")

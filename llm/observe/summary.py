@@ -14,8 +14,8 @@ class Summary:
     """A run in numbers; None where the rows do not tell. Losses are nats per token, times seconds.
 
     `tokens_per_s` and `data_wait_frac` are over the summed step time, the first step left out: it also pays for
-    compilation, memory pools and the first window. `outputs` names what the run left (checkpoint, model, report, ...)
-    and where.
+    compilation, memory pools and the first window. `dollars` are those of all commands, `dollars_per_mtok` for a million of the run's
+    `tokens`. `outputs` names what the run left (checkpoint, model, report, ...) and where.
     """
 
     steps: int = 0
@@ -31,6 +31,8 @@ class Summary:
     data_wait_frac: float | None = None
     mfu: float | None = None
     goodput: Goodput | None = None
+    dollars: float | None = None
+    dollars_per_mtok: float | None = None
     restarts: int = 0
     checkpoints: int = 0
     precision: str | None = None
@@ -40,7 +42,7 @@ class Summary:
     outputs: Mapping[str, str] = field(default_factory=dict)
 
 
-def summarize(rows: Sequence[Row], outputs: Mapping[str, str] | None = None) -> Summary:
+def summarize(rows: Sequence[Row], outputs: Mapping[str, str] | None = None, dollars_per_worker_hour: float | None = None) -> Summary:
     """Sum up a run. `outputs` adds to those that the rows tell (the last checkpoint, the exported model)."""
     rows = without_redone(rows)
     steps = rows_of(rows, "step")
@@ -52,6 +54,8 @@ def summarize(rows: Sequence[Row], outputs: Mapping[str, str] | None = None) -> 
     sample = _last(rows, "sample")
     found = {"checkpoint": _last(rows, "checkpoint").get("path"), "model": _last(rows, "export").get("path")}
     last = steps[-1] if steps else {}
+    times = goodput(rows)
+    spent = dollars(times.worker_s, dollars_per_worker_hour)
     return Summary(
         steps=last.get("step", 0),
         total_steps=start.get("total_steps"),
@@ -65,7 +69,9 @@ def summarize(rows: Sequence[Row], outputs: Mapping[str, str] | None = None) -> 
         tokens_per_s=_over_time(steady, "tokens_per_s"),
         data_wait_frac=_over_time(steady, "data_wait_frac"),
         mfu=_over_time(steady, "mfu"),
-        goodput=goodput(rows),
+        goodput=times,
+        dollars=spent,
+        dollars_per_mtok=dollars_per_mtok(spent, last.get("tokens")),
         restarts=len(rows_of(rows, "event", "restart")),
         checkpoints=len({row.get("step") for row in rows_of(rows, "event", "checkpoint")}),
         precision=start.get("precision"),
@@ -74,6 +80,16 @@ def summarize(rows: Sequence[Row], outputs: Mapping[str, str] | None = None) -> 
         sample=None if "text" not in sample else sample["text"].removeprefix(sample.get("prompt") or ""),
         outputs={name: str(path) for name, path in {**found, **(outputs or {})}.items() if path},
     )
+
+
+def dollars(worker_s: float, per_worker_hour: float | None) -> float | None:
+    """What `worker_s` seconds of workers cost; None where the price is not known."""
+    return None if per_worker_hour is None else worker_s / 3600 * per_worker_hour
+
+
+def dollars_per_mtok(spent: float | None, tokens: int | None) -> float | None:
+    """Dollars for a million tokens; None where one of the two is not known or there is no token yet."""
+    return None if spent is None or not tokens else spent / (tokens / 1e6)
 
 
 def without_redone(rows: Sequence[Row]) -> list[Row]:
@@ -123,6 +139,9 @@ def summary_lines(summary: Summary) -> list[tuple[str, str]]:
         lines.append(("precision", summary.precision))
     if summary.mfu is not None:
         lines.append(("MFU", f"{summary.mfu:.1%}"))
+    if summary.dollars is not None:
+        per_mtok = "" if summary.dollars_per_mtok is None else f", ${summary.dollars_per_mtok:,.4g} for a million tokens"
+        lines.append(("cost", f"${summary.dollars:,.2f}{per_mtok}"))
     if summary.checkpoints:
         lines.append(("checkpoints", f"{summary.checkpoints} saved"))
     if summary.restarts:

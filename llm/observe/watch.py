@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,23 @@ class RunWatcher:
         self.progress = progress
         self.folder = Path("runs") / name if is_s3(run_uri) else Path(local_path(run_uri))
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._dollars_per_worker_hour = log.dollars_per_worker_hour
         self._sinks = open_sinks(log, run_name=name, folder=self.folder, params=settings, warn=progress.note)
         self._tail = MetricsTail(self._read_from)
         self._rows: list[Row] = self._tail.poll()  # of earlier commands: for the report, not shown again
 
-    def poll(self) -> None:
-        """Shows what came since the last call."""
+    @property
+    def rows(self) -> Sequence[Row]:
+        """All so far, those of earlier commands included."""
+        return self._rows
+
+    def poll(self) -> list[Row]:
+        """Shows what came since the last call, and returns it."""
         rows = self._tail.poll()
         self._rows += rows
         self.progress.update(rows)
         self._sinks.write(rows)
+        return rows
 
     def finish(self) -> None:
         """The closing table and the report; call it once, when the trainer is done."""
@@ -47,7 +54,8 @@ class RunWatcher:
             for name in ("report.html", "loss.png"):
                 if (self.folder / name).exists():
                     write_bytes(join(self.run_uri, name), (self.folder / name).read_bytes(), self.s3)
-        print_summary(summarize(self._rows, {"metrics": join(self.run_uri, "metrics.jsonl"), "report": str(report)}))
+        outputs = {"metrics": join(self.run_uri, "metrics.jsonl"), "report": str(report)}
+        print_summary(summarize(self._rows, outputs, self._dollars_per_worker_hour))
 
     def abandon(self) -> None:
         """Closes everything after a failure; the rows stay in metrics.jsonl."""

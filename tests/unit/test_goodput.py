@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llm.metrics import event_row, step_row
-from llm.observe.goodput import goodput
+from llm.observe.goodput import GoodputSoFar, goodput
 
 BEGAN_AT_S = 1_000_000.0
 
@@ -58,3 +58,26 @@ def test_a_new_command_has_a_start_up_of_its_own_and_the_time_between_is_nobodys
 
 def test_no_rows_are_no_time():
     assert goodput([]).wall_s == 0.0 and goodput([]).useful_frac == 0.0
+
+
+def test_steps_that_were_seen_before_a_restart_did_them_again_are_no_use_twice():
+    # The driver saw steps 21 to 25; in the file they are gone. Both tell the same.
+    before = [event("start", 10.0, workers=2), *steps(1, 20, 10.0)]
+    after = [event("restart", 49.0, step=20, redone_s=5.0, down_s=14.0), event("start", 50.0, workers=2), *steps(21, 40, 50.0)]
+    seen = [*before, *steps(21, 25, 30.0, wait_frac=0.5), *after]
+    assert goodput(seen) == goodput([*before, *after]) and goodput(seen).parts_s["useful"] == 40.0
+
+
+def test_workers_cost_as_long_as_they_are_there_and_start_up_costs_as_many_as_come_up():
+    rows = [event("start", 10.0, workers=4), *steps(1, 20, 10.0)]
+    rows += [event("restart", 49.0, step=20, down_s=19.0), event("start", 50.0, workers=2), *steps(21, 40, 50.0)]
+    assert goodput(rows).worker_s == 4 * 30 + 4 * 19 + 2 * 1 + 2 * 20  # 4 until the "start" tells of 2
+
+
+def test_time_goes_on_where_no_row_comes():
+    so_far = GoodputSoFar()
+    for row in [event("start", 10.0, workers=3), *steps(1, 20, 10.0)]:
+        so_far.add(row)
+    hung = so_far.total(90.0)
+    assert (hung.wall_s, hung.parts_s["other"], hung.worker_s) == (90.0, 60.0, 270.0)
+    assert so_far.total(5.0) == so_far.total()  # a clock that is behind the rows takes nothing back
