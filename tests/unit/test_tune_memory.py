@@ -116,6 +116,27 @@ def test_a_size_at_the_limit_that_fails_by_chance_costs_itself_only(rank_rows, f
     assert best is None or (found.largest or legal[0]) in legal[max(0, legal.index(best) - 1) : legal.index(best) + 1]
 
 
+@given(
+    rank_rows=st.integers(1, 128),
+    fixed=st.integers(1, 40 * GIB),
+    per_row=st.integers(1 << 20, 4 * GIB),
+    limit=st.integers(1 * GIB, 80 * GIB),
+    noise=st.lists(st.floats(0.95, 1.05), min_size=16, max_size=16),
+)
+def test_where_a_larger_size_may_take_less_the_next_larger_one_is_still_seen_to_fail(rank_rows, fixed, per_row, limit, noise):
+    def memory(rows: int) -> int:
+        return int((fixed + per_row * rows) * noise[rows % 16])
+
+    found, legal = search(rank_rows, memory, limit), legal_rows(rank_rows)
+    assert found.probes <= MAX_PROBES and found.exact
+    if memory(legal[0]) > limit:
+        assert found.largest is None
+    else:
+        assert found.largest is not None and memory(found.largest) <= limit
+        above = next((rows for rows in legal if rows > found.largest), None)
+        assert above is None or memory(above) > limit
+
+
 def test_a_size_that_fails_by_chance_does_not_hide_the_larger_one_that_fits():
     """As seen at ZeRO 3: by itself 12 rows took more memory than 16, whose logits are mappings of their own."""
     peak = {1: 450, 2: 460, 3: 465, 4: 475, 6: 495, 8: 520, 12: 575, 16: 555, 24: 620, 48: 800}

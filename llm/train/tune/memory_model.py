@@ -8,8 +8,7 @@ smaller sizes it has their fragments too, and takes more than a run of that size
 Example: legal sizes 1 2 3 4 6 8 12 16 24 48, a limit of 10 GiB. Probe 1 climbs 1, 2, 4, 8 and stops, because the line says that 16 would
 take 13 GiB. The line puts 12 at 9.9 GiB: probe 2 tries 12, alone in fresh processes. It fits. Probe 3 tries 16, the next larger size, which
 runs out of memory. The line puts 24 more than UNSURE_FRAC above the limit: 12 is the largest. Were it nearer, probe 4 would try 24 too:
-memory is cut up differently in every process, so one size may fail by chance and a larger one, whose tensors are mappings of their own,
-fit.
+memory is cut up differently in every process, so one size may fail by chance and a larger one, whose tensors are whole mappings, fit.
 """
 
 from __future__ import annotations
