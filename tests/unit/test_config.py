@@ -126,7 +126,7 @@ def test_anchors_and_merge_keys_work(load) -> None:
         ("chekpoint.keep=1", "chekpoint is not a known key. Nearest legal key: checkpoint"),
         (
             "log.zzz=1",
-            "log.zzz is not a known key. Legal keys here: every_steps, tensorboard, mlflow_uri, wandb_project",
+            "log.zzz is not a known key. Legal keys here: every_steps, tensorboard, mlflow_uri, wandb_project, dollars_per_worker_hour",
         ),
         ("data.sources.1.wait=1", "data.sources.1.wait is not a known key. Nearest legal key: data.sources.1.weight"),
         ("parallel.workers=two", "parallel.workers='two' (text) must be a whole number of at least 1"),
