@@ -96,7 +96,7 @@ def test_ctrl_c_leaves_nothing_running_and_more_budget_goes_on(tmp_path):
     path = write_sweep(tmp_path, scheduler={"kind": "none"}, budget={"trials": 2, "max_concurrent": 2})
     process = start_sweep(path, "eval.every_steps=3", FAKE_STEP_S="0.5")
     deadline = time.monotonic() + 120
-    while not list((tmp_path / "runs").glob("search/trials/*/metrics.jsonl")):
+    while not list((tmp_path / "runs").glob("search/trials/0000/metrics.jsonl")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-3000:]
         time.sleep(0.1)
     children = psutil.Process(process.pid).children(recursive=True)
