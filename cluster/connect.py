@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 from cluster.errors import ClusterError
+from cluster.head import require_head
 
 # Reserved for blocks of token ids, not for the model: plenty for a laptop.
 LOCAL_OBJECT_STORE_BYTES = 512 << 20
@@ -94,18 +95,14 @@ def require_cpus(needed: int) -> None:
 
 
 def _connect(address: str) -> None:
+    require_head(address)
     import ray
 
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # Ray raises many kinds here
-        text = str(error)
-        if "token" in text.lower() or "auth" in text.lower():
-            raise ClusterError(
-                f"the cluster at {address} refuses this client's token. Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or "
-                "RAY_AUTH_TOKEN_PATH) to the cluster's token."
-            ) from None
-        first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+        text = str(error).strip()
+        first = text.splitlines()[0] if text else type(error).__name__
         raise ClusterError(f"cannot connect to the cluster at {address}: {first}") from None
 
 

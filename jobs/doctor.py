@@ -10,9 +10,8 @@ from dataclasses import asdict
 from functools import partial
 
 from cluster.checks_facts import versions
-from cluster.checks_head import require_head
 from cluster.checks_judge import Finding, Wanted, exit_code, judge
-from cluster.connect import connected, is_private
+from cluster.connect import connected
 from cluster.doctor import examine
 from cluster.errors import ClusterError
 from cluster.workers import total_cpus
@@ -66,8 +65,6 @@ def diagnose(config: RunConfig | None, timeout_s: float, least_gb_per_s: float) 
     """Connects to the cluster of RAY_ADDRESS, or starts a private one, and judges it, red findings first. Raises ClusterError where it
     cannot connect."""
     wanted = needs_of(config, least_gb_per_s)
-    if not is_private():
-        require_head(os.environ["RAY_ADDRESS"])
     with connected(int(wanted.cpus)):
         take_over_signals()  # Ray has put its own handler in their place
         findings: list[Finding] = []

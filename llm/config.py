@@ -285,6 +285,10 @@ class RunConfig(Section):
             steps = 1
         return {**raw, "train": {**train, "steps": steps}}
 
+    def values(self) -> dict[str, Any]:
+        """The values of all sections, of their declared types: a default written 10 is 10.0 where it is a number."""
+        return RunConfig.model_validate(self.model_dump()).model_dump()
+
     @property
     def rank_unit_rows(self) -> int:
         """Sequences of every `train.unit_rows` that one data rank is dealt."""

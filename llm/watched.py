@@ -8,8 +8,8 @@ from collections.abc import Callable
 POLL_S = 0.5
 
 
-def watched(act: Callable[[], object], watch: Callable[[], None], name: str, poll_s: float = POLL_S) -> None:
-    """Runs `act` to its end, and calls `watch` every `poll_s` meanwhile, and once after. Raises what either raises.
+def watched(act: Callable[[], object], watch: Callable[[], None], name: str) -> None:
+    """Runs `act` to its end, and calls `watch` every POLL_S meanwhile, and once after. Raises what either raises.
 
     `act` runs in a thread called `name`: in the main thread, Ray's libraries would take over Ctrl-C, which here ends the command within
     seconds. Where `watch` raises, the thread is left to end with the process.
@@ -25,7 +25,7 @@ def watched(act: Callable[[], object], watch: Callable[[], None], name: str, pol
     thread = threading.Thread(target=run, name=name, daemon=True)
     thread.start()
     while thread.is_alive():
-        thread.join(poll_s)
+        thread.join(POLL_S)
         watch()
     if raised:
         raise raised[0]

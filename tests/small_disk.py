@@ -48,18 +48,25 @@ class SmallDisk:
 @contextmanager
 def small_disk(path: Path, size_bytes: int) -> Iterator[SmallDisk]:
     """Mounted at `path`, an empty folder. Skips the test where this user may not have namespaces of its own."""
+    with held_namespaces(path, size_bytes) as holder:
+        yield SmallDisk(holder, path)
+
+
+@contextmanager
+def held_namespaces(path: Path, size_bytes: int, *options: str, setup: str = "true", tools: tuple[str, ...] = ()) -> Iterator[int]:
+    """The process that keeps user and mount namespaces, with a tmpfs at `path`, and more of them by `options` of unshare. `setup`: a shell
+    command that runs inside first, and needs `tools`. Skips the test where one is not here or namespaces are not allowed."""
+    if missing := [tool for tool in ("unshare", "nsenter", *tools) if not shutil.which(tool)]:
+        pytest.skip(f"namespaces need {missing[0]} (unshare and nsenter are util-linux's, ip is iproute2's), and it is not here")
     path.mkdir()
-    script = f"mount -t tmpfs -o size={size_bytes} tmpfs '{path}' && echo {MOUNTED} && exec sleep infinity"
-    if not shutil.which("unshare") or not shutil.which("nsenter"):
-        pytest.skip("a small disk is mounted with unshare and nsenter of util-linux, and they are not here")
-    holder = subprocess.Popen(
-        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    script = f"{setup} && mount -t tmpfs -o size={size_bytes} tmpfs '{path}' && echo {MOUNTED} && exec sleep infinity"
+    command = ["unshare", "--user", "--map-root-user", "--mount", *options, "sh", "-c", script]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None and holder.stderr is not None
         if holder.stdout.readline().strip() != MOUNTED:
-            pytest.skip(f"user namespaces with mounts are not allowed here: {holder.stderr.read().strip()}")
-        yield SmallDisk(holder.pid, path)
+            pytest.skip(f"namespaces with mounts are not allowed here: {holder.stderr.read().strip()}")
+        yield holder.pid
     finally:
         holder.kill()
         holder.communicate()

@@ -10,7 +10,6 @@ next one, `0003-1`, starts from the best one's checkpoint (checkpoint.start_from
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -52,22 +51,17 @@ def boundaries(steps: int, interval: int) -> list[int]:
 
 
 def takeovers(trials: Sequence[Trial], step: int, quantile_frac: float, space: Space, seed: int) -> list[Takeover]:
-    """Which trials go on from another's checkpoint of `step`, and with what settings. `trials`: those that came so far."""
-    losses = {trial.number: _loss_at(trial, step) for trial in trials}
-    ranked = sorted(trials, key=lambda trial: (losses[trial.number], trial.number))
+    """Which trials go on from another's checkpoint of `step`, and with what settings. `trials`: those that have come there."""
+    ranked = sorted(trials, key=lambda trial: (trial.loss, trial.number))
     count = max(1, int(len(ranked) * quantile_frac)) if len(ranked) > 1 else 0
     found = []
     for worse in ranked[len(ranked) - count :]:
         chance = random.Random(f"{seed} {step} {worse.number}")
         better = chance.choice(ranked[:count])
-        if losses[better.number] < losses[worse.number]:
+        if better.loss < worse.loss:
             settings = {key: _changed(domain, better.settings[key], chance) for key, domain in space.domains.items()}
             found.append(Takeover(worse.number, step, better.number, better.run_name, settings))
     return found
-
-
-def _loss_at(trial: Trial, step: int) -> float:
-    return next((point.loss for point in trial.curve if point.step == step), math.inf)
 
 
 def _changed(domain: Domain, value: Any, chance: random.Random) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from llm.checkpoint.store import CheckpointStore
 from llm.config import RunConfig
 from llm.errors import ConfigError
+from llm.observe.summary import dollars
 from llm.search.population import Population
 from llm.search.rungs import Rungs
 from llm.search.sweep_config import Sweep
@@ -164,14 +165,12 @@ class Study:
         self._show(self)
 
     def spent(self) -> Spent:
-        budget = self.sweep.file.budget
-        worker_hours = (
-            sum(t.took_s * self.configs[t.number].parallel.workers for t in self.trials.values() if t.number in self.configs) / 3600
-        )
+        trials = self.trials.values()
+        worker_s = sum(t.took_s * self.configs[t.number].parallel.workers for t in trials if t.number in self.configs)
         return Spent(
-            sum(trial.tokens for trial in self.trials.values()),
-            sum(trial.took_s for trial in self.trials.values()) / 3600,
-            worker_hours * (budget.dollars_per_worker_hour or 0.0),
+            sum(trial.tokens for trial in trials),
+            sum(trial.took_s for trial in trials) / 3600,
+            dollars(worker_s, self.sweep.base.log.dollars_per_worker_hour) or 0.0,
         )
 
     def budget_used(self) -> bool:
@@ -186,7 +185,9 @@ class Study:
     def _run_of(self, trial: Trial) -> TrialRun:
         from llm.config_file import dump_run
 
-        config = self.configs.setdefault(trial.number, self.configs.get(trial.number) or self.sweep.trial(trial))
+        if trial.number not in self.configs:
+            self.configs[trial.number] = self.sweep.trial(trial)
+        config = self.configs[trial.number]
         if trial.status == RUNNING:
             until = self._scheduler.until_step(trial, config)
             config = config.model_copy(update={"train": config.train.model_copy(update={"until_step": until})})

@@ -21,7 +21,8 @@ from pydantic import Field, ValidationError
 
 from llm.checkpoint.layout import step_folder
 from llm.config import RunConfig, Section
-from llm.config_file import MAY_DIFFER, dump_run, is_below, parse_run, read_mapping, read_text
+from llm.config_changes import MAY_DIFFER, is_below
+from llm.config_file import dump_run, parse_run, read_mapping, read_text
 from llm.errors import ConfigError
 from llm.search.space import Space, parse_space
 from llm.search.trials import Trial
@@ -59,8 +60,7 @@ class BudgetSection(Section):
     trials: int = Field(default=16, ge=1, le=100_000, description="repeats not counted")
     tokens: float | None = Field(default=None, gt=0, description="trained on, over all trials")
     hours: float | None = Field(default=None, gt=0, description="of training, all trials together")
-    dollars: float | None = Field(default=None, gt=0, description="needs dollars_per_worker_hour")
-    dollars_per_worker_hour: float | None = Field(default=None, gt=0, description="what a worker's share of its node costs")
+    dollars: float | None = Field(default=None, gt=0, description="needs the run's log.dollars_per_worker_hour")
     max_concurrent: int | None = Field(default=None, ge=1, description="trials at once; None: as many as the cluster holds")
 
 
@@ -138,11 +138,13 @@ def load_sweep(path: str, overrides: list[str]) -> Sweep:
     except ValidationError as error:
         told = [f"  {'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
         raise ConfigError("\n".join([f"{path} is no sweep:", *told])) from None
-    if file.budget.dollars and not file.budget.dollars_per_worker_hour:
-        raise ConfigError(f"{path}: budget.dollars={file.budget.dollars} needs budget.dollars_per_worker_hour: what a worker costs.")
     run_path = file.run if Path(file.run).is_absolute() else str(Path(path).parent / file.run)
     settings = [f"{key}={yaml_value(value)}" for key, value in file.set.items()]
     base = parse_run(read_text(run_path), run_path, [*settings, *overrides])
+    if file.budget.dollars and not base.log.dollars_per_worker_hour:
+        raise ConfigError(
+            f"{path}: budget.dollars={file.budget.dollars:g} needs log.dollars_per_worker_hour: give it in the run, or in `set`."
+        )
     sweep = Sweep(file, parse_space(file.space), base, dump_run(base))
     _require_keys(sweep)
     if file.scheduler.kind == "pbt":

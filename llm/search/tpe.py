@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from llm.search.space import Domain, Space, rounded
@@ -24,61 +24,39 @@ RANDOM_FRAC = 1 / 3  # of bohb's proposals: its paper's rho
 
 
 def tpe(space: Space, seed: int, number: int, trials: Collection[Trial]) -> dict[str, Any] | None:
-    losses = [trial.loss for trial in trials if trial.status != FAILED and math.isfinite(trial.loss)]
-    if len(losses) < STARTUP:
+    seen = [trial.loss for trial in trials if trial.status != FAILED and math.isfinite(trial.loss)]
+    if len(seen) < STARTUP:
         return None
-    from optuna.trial import TrialState
-
-    known = []
-    for trial in trials:
-        if trial.status in (FINISHED, FAILED):
-            known.append(_known(space, trial, TrialState.COMPLETE, value=trial.loss if trial.status == FINISHED else max(losses)))
-        else:
-            known.append(_unfinished(space, trial))
-    return _asked(space, seed, number, known)
+    return _proposed(space, seed, number, trials, {trial.number: trial.loss for trial in trials if trial.status == FINISHED}, max(seen))
 
 
 def bohb(space: Space, seed: int, number: int, trials: Collection[Trial]) -> dict[str, Any] | None:
     losses = at_most_tokens(trials, least=len(space.domains) + 3)
     if not losses or random.Random(f"{seed} {number} bohb").random() < RANDOM_FRAC:
         return None
-    from optuna.trial import TrialState
-
-    worst = max(losses.values())
-    known = []
-    for trial in trials:
-        if trial.number in losses or trial.status == FAILED:
-            known.append(_known(space, trial, TrialState.COMPLETE, value=losses.get(trial.number, worst)))
-        else:
-            known.append(_unfinished(space, trial))
-    return _asked(space, seed, number, known)
+    return _proposed(space, seed, number, trials, losses, max(losses.values()))
 
 
-def _asked(space: Space, seed: int, number: int, known: list[Any]) -> dict[str, Any]:
+def _proposed(space: Space, seed: int, number: int, trials: Collection[Trial], losses: Mapping[int, float], worst: float) -> dict[str, Any]:
+    """`losses`, by trial, are what the estimator goes by; failed trials count as `worst`. All others rank below, by how far they came, and
+    those that have shown nothing yet keep proposals away from themselves."""
     import optuna
+    from optuna.trial import TrialState, create_trial
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(seed=(seed * 10_007 + number) % 2**32, multivariate=True, constant_liar=True, n_startup_trials=0)
-    study = optuna.create_study(sampler=sampler)
-    study.add_trials(known)
-    params = study.ask(_distributions(space)).params
+    study, distributions = optuna.create_study(sampler=sampler), _distributions(space)
+    for trial in trials:
+        if trial.number in losses or trial.status == FAILED:
+            told: dict[str, Any] = {"state": TrialState.COMPLETE, "value": losses.get(trial.number, worst)}
+        elif math.isfinite(trial.loss):
+            told = {"state": TrialState.PRUNED, "intermediate_values": {trial.tokens: trial.loss}}
+        else:
+            told = {"state": TrialState.RUNNING}
+        params = {key: _param(domain, trial.settings[key]) for key, domain in space.domains.items()}
+        study.add_trial(create_trial(**told, params=params, distributions=distributions))
+    params = study.ask(distributions).params
     return {key: _value(domain, params[key]) for key, domain in space.domains.items()}
-
-
-def _known(space: Space, trial: Trial, state: Any, **told: Any) -> Any:
-    from optuna.trial import create_trial
-
-    params = {key: _param(domain, trial.settings[key]) for key, domain in space.domains.items()}
-    return create_trial(state=state, params=params, distributions=_distributions(space), **told)
-
-
-def _unfinished(space: Space, trial: Trial) -> Any:
-    """A trial that was stopped, pauses or is on its way: with what it has shown, or as one that nobody knows anything of."""
-    from optuna.trial import TrialState
-
-    if math.isfinite(trial.loss):
-        return _known(space, trial, TrialState.PRUNED, intermediate_values={trial.tokens: trial.loss})
-    return _known(space, trial, TrialState.RUNNING)
 
 
 def _distributions(space: Space) -> dict[str, Any]:

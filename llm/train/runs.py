@@ -9,7 +9,8 @@ from llm.checkpoint.newest import read_newest, require_restorable
 from llm.checkpoint.start import run_and_step, start_of
 from llm.checkpoint.store import CheckpointStore
 from llm.config import RunConfig
-from llm.config_file import MAY_DIFFER, config_differences, dump_run, parse_run
+from llm.config_changes import MAY_DIFFER, config_differences
+from llm.config_file import dump_run, parse_run
 from llm.data.identity import Corpus, require_same_stream, write_stream
 from llm.errors import ConfigError, TrainingError
 from llm.metrics import MetricsTail, rows_of

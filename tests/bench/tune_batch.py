@@ -57,14 +57,13 @@ def main() -> None:
         keep_batch=True,
     )
     found = advice.now.microbatch_rows
-    print(f"tune_batch: {found} rows (largest that fits: {measured.search.largest}), {len(probes.tasks)} probes, {took_s:.0f} s")
+    print(f"tune_batch: recommends {found} rows; {measured.search.largest} fit; {len(probes.tasks)} probes, {took_s:.0f} s")
     print(f"  peaks {_mib(measured.search.peaks)}, failed {measured.search.failed}")
     rates = _scan(job, limit, options.rounds)
     best, legal = max(rates, key=rates.__getitem__), list(rates)
     print(f"scan: largest that fits {legal[-1]}; tokens/s {{{', '.join(f'{rows}: {rate:,.0f}' for rows, rate in rates.items())}}}")
-    print(
-        f"found is the largest or the next smaller: {found in legal[-2:]}; its tokens/s are {rates[found] / rates[best]:.3f} of the best's"
-    )
+    print(f"the largest that was found is that or the next smaller: {measured.search.largest in legal[-2:]}")
+    print(f"the recommended size's tokens/s are {rates[found] / rates[best]:.3f} of the best's")
 
 
 def _scan(job: Job, limit: int, rounds: int) -> dict[int, float]:

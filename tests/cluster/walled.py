@@ -3,15 +3,12 @@ the kernel's (namespaces, a routing rule, a tmpfs) and need no rights."""
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
-from tests.small_disk import MOUNTED, SmallDisk
+from tests.small_disk import SmallDisk, held_namespaces
 
 
 class Walled(SmallDisk):
@@ -30,20 +27,6 @@ class Walled(SmallDisk):
 @contextmanager
 def walled(path: Path, disk_bytes: int) -> Iterator[Walled]:
     """The disk is at `path`, an empty folder. Skips the test where this user may not have namespaces."""
-    if not all(map(shutil.which, ("unshare", "nsenter", "ip"))):
-        pytest.skip("needs unshare and nsenter of util-linux, and ip of iproute2")
-    path.mkdir()
-    script = (
-        f"ip link set lo up && ip rule add pref 1 lookup local && ip rule del pref 0 lookup local"
-        f" && mount -t tmpfs -o size={disk_bytes} tmpfs '{path}' && echo {MOUNTED} && exec sleep infinity"
-    )
-    command = ["unshare", "--user", "--map-root-user", "--mount", "--net", "sh", "-c", script]
-    holder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout is not None and holder.stderr is not None
-        if holder.stdout.readline().strip() != MOUNTED:
-            pytest.skip(f"namespaces with a network and mounts are not allowed here: {holder.stderr.read().strip()}")
-        yield Walled(holder.pid, path)
-    finally:
-        holder.kill()
-        holder.communicate()
+    setup = "ip link set lo up && ip rule add pref 1 lookup local && ip rule del pref 0 lookup local"
+    with held_namespaces(path, disk_bytes, "--net", setup=setup, tools=("ip",)) as holder:
+        yield Walled(holder, path)

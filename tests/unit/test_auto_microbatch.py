@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from llm.config import RunConfig
-from llm.config_file import config_differences, dump_run, parse_run
+from llm.config_changes import config_differences
+from llm.config_file import dump_run, parse_run
 from llm.errors import ConfigError
 from llm.job import Job
 from llm.train.elastic import with_workers

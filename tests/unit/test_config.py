@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.config import RunConfig
-from llm.config_file import MAY_CHANGE, config_differences, dump_run, load_run, parse_run
+from llm.config_changes import MAY_CHANGE, config_differences
+from llm.config_file import dump_run, load_run, parse_run
 from llm.errors import ConfigError
 
 REPO = Path(__file__).resolve().parents[2]

@@ -15,6 +15,7 @@ REPO = Path(__file__).resolve().parents[2]
 # By design (DESIGN.md): what plans, names and orders can be imported where no torch is installed.
 TORCH_FREE = [
     "llm.config",
+    "llm.config_changes",
     "llm.config_fields",
     "llm.config_file",
     "llm.config_problems",
@@ -32,6 +33,7 @@ TORCH_FREE = [
     "llm.checkpoint.on_disk",
     "llm.checkpoint.on_s3",
     "llm.checkpoint.published",
+    "llm.checkpoint.start",
     "llm.checkpoint.store",
     "llm.checkpoint.strict_json",
     "llm.model.flops",

@@ -89,7 +89,7 @@ def test_all_bad_domains_are_told_at_once():
         ({"space": {"trian.lr": {"choice": [1e-3]}}}, "train"),
         ({"space": {"train.lr": {"choice": [-1, "x"]}}}, "train.lr"),
         ({"space": {"run.seed": {"choice": [1, 2]}}}, "sweep.repeats"),
-        ({"budget": {"dollars": 3.0}}, "dollars_per_worker_hour"),
+        ({"budget": {"dollars": 3.0}}, "needs log.dollars_per_worker_hour"),
         ({"budget": {"trails": 3}}, "budget.trails"),
         ({"set": {"eval.rows": 0}}, "eval.rows=0"),
         ({"run": "nowhere.yaml"}, "nowhere.yaml"),

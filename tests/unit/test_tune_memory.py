@@ -11,6 +11,13 @@ from hypothesis import strategies as st
 from llm.train.tune.memory_model import MAX_PROBES, Search, climb, fit_line, legal_rows, within_margin, worth_trying
 
 GIB = 1 << 30
+MACHINES = {
+    "rank_rows": st.integers(1, 128),
+    "fixed": st.integers(1, 40 * GIB),
+    "per_row": st.integers(1 << 20, 4 * GIB),
+    "limit": st.integers(1 * GIB, 80 * GIB),
+}
+INFLATION = st.lists(st.floats(1.0, 1.3), min_size=16, max_size=16)
 
 
 def search(rank_rows: int, memory: Callable[[int], int], limit_bytes: int, crowded: Callable[[int], int] | None = None) -> Search:
@@ -72,11 +79,8 @@ def test_crooked_memory_is_missed_by_one_legal_size_at_most(rank_rows, fixed, pe
 
 
 @given(
-    rank_rows=st.integers(1, 128),
-    fixed=st.integers(1, 40 * GIB),
-    per_row=st.integers(1 << 20, 4 * GIB),
-    limit=st.integers(1 * GIB, 80 * GIB),
-    inflation=st.lists(st.floats(1.0, 1.3), min_size=16, max_size=16),
+    **MACHINES,
+    inflation=INFLATION,
 )
 def test_a_climb_whose_peaks_are_far_too_high_does_not_mislead(rank_rows, fixed, per_row, limit, inflation):
     """Smaller sizes that ran before leave their fragments: up to 30% more than a size takes by itself, so that the line is wrong, and sizes
@@ -93,11 +97,8 @@ def test_a_climb_whose_peaks_are_far_too_high_does_not_mislead(rank_rows, fixed,
 
 
 @given(
-    rank_rows=st.integers(1, 128),
-    fixed=st.integers(1, 40 * GIB),
-    per_row=st.integers(1 << 20, 4 * GIB),
-    limit=st.integers(1 * GIB, 80 * GIB),
-    inflation=st.lists(st.floats(1.0, 1.3), min_size=16, max_size=16),
+    **MACHINES,
+    inflation=INFLATION,
     at_the_limit=st.booleans(),
 )
 def test_a_size_at_the_limit_that_fails_by_chance_costs_itself_only(rank_rows, fixed, per_row, limit, inflation, at_the_limit):
@@ -117,10 +118,7 @@ def test_a_size_at_the_limit_that_fails_by_chance_costs_itself_only(rank_rows, f
 
 
 @given(
-    rank_rows=st.integers(1, 128),
-    fixed=st.integers(1, 40 * GIB),
-    per_row=st.integers(1 << 20, 4 * GIB),
-    limit=st.integers(1 * GIB, 80 * GIB),
+    **MACHINES,
     noise=st.lists(st.floats(0.95, 1.05), min_size=16, max_size=16),
 )
 def test_where_a_larger_size_may_take_less_the_next_larger_one_is_still_seen_to_fail(rank_rows, fixed, per_row, limit, noise):
