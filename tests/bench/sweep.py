@@ -1,6 +1,6 @@
 """What ASHA finds, and for how many tokens, beside the full random search over the same settings.
 
-    python -m tests.bench.sweep [--seeds 5] [--trials 27] [--steps 243]
+    python -m tests.bench.sweep [--seeds 5] [--trials 27] [--steps 126]
 
 Learning rate (over three decades) and width of a model of the tests on their corpus. Both searches go through the product's `jobs.sweep`
 and Ray Tune; each trial is trained by its loop in a process of its own (see sweep_trial.py). Tokens are those of every step that was
@@ -20,6 +20,7 @@ from pathlib import Path
 import yaml
 
 from llm.metrics import read_rows, rows_of
+from tests.bench.sweep_trial import warm_server
 from tests.search.sweeps import start_sweep, write_sweep
 
 COMMAND = (sys.executable, "-m", "tests.bench.sweep_trial")
@@ -43,7 +44,7 @@ class Found:
 
 
 def search(kind: str, seed: int, trials: int, steps: int) -> Found:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warm_server(Path(folder)) as server:
         scheduler = {"kind": kind, "first_frac": 1 / 9, "reduction": 3}
         path = write_sweep(
             Path(folder),
@@ -54,7 +55,7 @@ def search(kind: str, seed: int, trials: int, steps: int) -> Found:
             budget={"trials": trials, "max_concurrent": 2},
         )
         began_s = time.monotonic()
-        process = start_sweep(path, command=COMMAND, OMP_NUM_THREADS="1")
+        process = start_sweep(path, command=(*COMMAND, str(server)), OMP_NUM_THREADS="1")
         out, err = process.communicate()
         if process.returncode:
             raise SystemExit(f"the sweep failed:\n{out[-3000:]}\n{err[-3000:]}")
@@ -72,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--trials", type=int, default=27)
-    parser.add_argument("--steps", type=int, default=243)
+    parser.add_argument("--steps", type=int, default=126)
     options = parser.parse_args()
     worse, share = [], []
     for seed in range(options.seeds):

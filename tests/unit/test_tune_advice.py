@@ -52,14 +52,12 @@ def test_a_size_that_was_not_timed_is_as_fast_a_row_as_its_neighbour():
     assert with_size(speed, 3).microbatch_s[3] == pytest.approx(3.75)
 
 
-def test_what_a_busy_machine_cannot_tell_apart_leaves_the_largest():
-    """4 rows look 8% faster than 8 where half of the timings are 40% too long."""
-    times = {(4, 1): [1.0, 1.4, 1.4], (4, 2): [2.0, 2.8, 2.8], (8, 1): [2.16, 3.0, 3.0]}
-    busy, quiet = speed_of([times]), speed_of([{key: seconds[:1] for key, seconds in times.items()}])
-    assert busy is not None and quiet is not None
-    for speed, rows in ((busy, 8), (quiet, 4)):
-        found = advise(speed, fits_rows=8, batch_rows=16, data_size=2, row_tokens=ROW, noise=None, tokens_a_row=ROW, keep_batch=True)
-        assert found.now.microbatch_rows == rows
+def test_timings_that_a_neighbour_made_long_do_not_hide_the_fastest():
+    """4 rows are 8% faster than 8, and half of the timings are 40% too long."""
+    speed = speed_of([{(4, 1): [1.0, 1.4, 1.4], (4, 2): [2.8, 2.0, 2.8], (8, 1): [3.0, 3.0, 2.16]}])
+    assert speed is not None
+    found = advise(speed, fits_rows=8, batch_rows=16, data_size=2, row_tokens=ROW, noise=None, tokens_a_row=ROW, keep_batch=True)
+    assert found.now.microbatch_rows == 4
 
 
 def test_the_largest_is_taken_unless_a_smaller_one_is_faster():

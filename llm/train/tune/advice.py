@@ -21,7 +21,8 @@ from dataclasses import dataclass, replace
 from llm.train.tune.noise_scale import NoiseScale
 from llm.train.tune.speed import Speed, best_rows, knee, with_size
 
-SLACK_FRAC = 0.02  # tokens/s given up at most for the largest micro-batch
+TIE_FRAC = 0.01  # of tokens/s, by which timings of one size differ: given up for the largest micro-batch
+SLACK_FRAC = 0.02  # of the time, given up for a smaller batch
 WORTH_FRAC = 0.05  # of the time, for which a user's own batch size is left
 SURE, ROUGH = 2.0, 8.0  # high end over low end of the noise scale's interval
 LEAST_ROWS = 1 / 16  # of a critical batch size: less than a row is a row
@@ -73,8 +74,7 @@ def advise(
     speed = with_size(speed, fits_rows)
     rates = speed.for_rank_rows(batch_rows // data_size, row_tokens, data_size)
     rates = {rows: rate for rows, rate in rates.items() if rows <= fits_rows}
-    # What the timings cannot tell apart is no reason to leave the largest.
-    rows = best_rows(rates, fits_rows, max(SLACK_FRAC, speed.spread_frac / 2))
+    rows = best_rows(rates, fits_rows, TIE_FRAC)
     by_accumulation = {2**n: speed.tokens_per_s(rows, 2**n, row_tokens, data_size) for n in range(8)}
     critical = max(LEAST_ROWS, noise.tokens / tokens_a_row) if noise and math.isfinite(noise.tokens) else None
     layout = _Layout(speed, data_size, row_tokens, rows, critical or math.inf)
