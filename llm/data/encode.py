@@ -7,6 +7,7 @@ SentencePiece-style BPE tokenizers that it knows; `fastest` compares the two on 
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -33,6 +34,10 @@ _HARD_TEXTS = (
     "👩‍👩‍👧‍👦 🏳️‍🌈 \u200b\u200d\ufeff\x00\x1b",
     'def f(x):\n    return {"a": x**2, **kw}  # <|im_start|> </s> <s> [CLS] <unk>',
 )
+
+
+# awkward's modules import each other: two threads that load it at once may each see half of it.
+_LOADING = threading.Lock()
 
 
 class Encoder:
@@ -71,7 +76,7 @@ class Encoder:
 
     def _tokens(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         if self._fast is not None:
-            import awkward
+            import awkward  # `_gigatoken` has loaded it
 
             found = self._fast.encode_batch(texts, parallel=False)
             return np.asarray(awkward.flatten(found, axis=1)), np.asarray(awkward.num(found, axis=1))
@@ -131,7 +136,9 @@ def fastest(tokenizer: Tokenizer, sample: Sequence[str]) -> Engine:
 def _gigatoken(tokenizer: Tokenizer) -> Any:
     """gigatoken's tokenizer, or None where the package is missing or refuses this one."""
     try:
-        import gigatoken
+        with _LOADING:
+            import awkward  # noqa: F401  # gigatoken answers in its arrays, and imports it only then
+            import gigatoken
 
         content = _content(tokenizer)
         # Left out, special tokens are spelt like any other text.
