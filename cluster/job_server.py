@@ -3,7 +3,6 @@ RAY_API_SERVER_ADDRESS and RAY_ADDRESS), nothing waits for ever, and what goes w
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 from collections.abc import AsyncIterator, Mapping
@@ -79,12 +78,12 @@ class JobServer:
         url = f"{self.address}/api/jobs/{quote(job_id, safe='')}/logs/tail"
         try:
             async with aiohttp.ClientSession(headers=_bearer(read_token())) as session:
-                async with session.ws_connect(url, heartbeat=SILENCE_S, timeout=aiohttp.ClientWSTimeout(ws_close=CONNECT_S)) as stream:
+                async with session.ws_connect(url, heartbeat=SILENCE_S) as stream:
                     async for message in stream:
                         if message.type is not aiohttp.WSMsgType.TEXT:
                             return
                         yield message.data
-        except (aiohttp.ClientError, OSError, asyncio.TimeoutError):
+        except (aiohttp.ClientError, OSError, TimeoutError):
             return
 
     def has_package(self, uri: str) -> bool:
@@ -134,7 +133,7 @@ class JobServer:
             return answer
         lines = [line.strip() for line in answer.text.splitlines() if line.strip()] or ["without a word"]
         if answer.status_code == 404:
-            raise ClusterError(f"{self.address}: {lines[0][:300]}")
+            raise ClusterError(f"{self.address}: {lines[0][:300]}. `headrace jobs list` tells which there are.")
         # The server's answer to a failure is a traceback, whose last line is the error.
         raise ClusterError(f"{self.address} refused {method} {path} with status {answer.status_code}: {lines[-1][:300]}")
 

@@ -25,7 +25,7 @@ DETACHED = 130
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The job's exit code; 0 with --no-wait; 130 where Ctrl-C left it alone; 2 where nothing was sent; 3 where the cluster is in the way."""
+    """The job's exit code; 0 with --no-wait; 130 where Ctrl-C left it alone; 2 where nothing was sent; 3 for trouble with the cluster."""
     parser = argparse.ArgumentParser(
         prog="headrace submit", description="Run a job on a cluster and follow it. Ctrl-C stops following, not the job."
     )
@@ -94,7 +94,8 @@ def described(job: str, config: str, overrides: Sequence[str]) -> tuple[str, lis
 
 
 def how_to(job_id: str, address: str) -> str:
-    return f"  follow it: headrace jobs logs {job_id} --follow --address {address}\n  stop it:   headrace jobs stop {job_id} --address {address}"
+    named = f"{job_id} --address {address}"
+    return f"  follow it: headrace jobs logs --follow {named}\n  stop it:   headrace jobs stop {named}"
 
 
 def show(text: str) -> None:
