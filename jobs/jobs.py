@@ -7,7 +7,7 @@ import sys
 from datetime import datetime
 
 from cluster.job_server import JobServer, JobState
-from cluster.submit import stop
+from cluster.submit import BASE, stop
 from jobs.checkpoints import show as show_table
 from jobs.exit_code import exit_code_of
 from jobs.submit import follow_to_the_end, show
@@ -48,15 +48,22 @@ def act(options: argparse.Namespace) -> int:
         show(server.log(options.id))
         return 0
     if options.command == "stop":
-        before = server.job(options.id)
-        state = before if before.ended else stop(server, options.id)
-        print(f"{options.id}: {'had ended before' if before.ended else 'has ended'} ({state.status.lower()})")
-        return 0
+        return end(server, options.id)
     titles = ("id", "status", "exit code", "started", "took", "command")
     state = server.job(options.id)
     print("\n".join(f"{title:10}{value}" for title, value in zip(titles, row(state), strict=True) if value))
     if state.message:
         print(f"{'told':10}{state.message}")
+    return 0
+
+
+def end(server: JobServer, job_id: str) -> int:
+    before = server.job(job_id)
+    state = before if before.ended else stop(server, job_id)
+    print(f"{job_id}: {'had ended before' if before.ended else 'has ended'} ({state.status.lower()})")
+    for other in server.jobs():
+        if before.ended and not other.ended and other.metadata.get(BASE) == before.metadata.get(BASE, job_id):
+            print(f"{other.job_id} is its successor, and {other.status.lower()}: name that one to stop it")
     return 0
 
 

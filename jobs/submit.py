@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,6 +67,9 @@ def send(options: argparse.Namespace) -> int:
 
 def follow_to_the_end(server: JobServer, job_id: str) -> int:
     """Shows a job's log until it has ended, then its exit code. Ctrl-C leaves the job alone, and says how to come back."""
+    # The log is read in an event loop, which ends in order at SIGINT where its handler is Python's own.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         state = follow(server, job_id, show)
     except KeyboardInterrupt:
