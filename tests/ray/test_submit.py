@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -26,7 +27,8 @@ def bare_python(folder: Path) -> Path:
     site = next(folder.glob("lib/python*/site-packages"))
     (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     python = folder / "bin" / "python"
-    found = subprocess.run([str(python), "-c", "import ray, torch, llm"], cwd="/", capture_output=True, text=True, check=False)
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    found = subprocess.run([str(python), "-c", "import ray, torch, llm"], cwd="/", env=bare, capture_output=True, text=True, check=False)
     assert "No module named 'llm'" in found.stderr
     return python
 
