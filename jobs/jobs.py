@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from datetime import datetime
 
@@ -12,6 +13,7 @@ from jobs.checkpoints import show as show_table
 from jobs.exit_code import exit_code_of
 from jobs.submit import follow_to_the_end, show
 
+TITLES = ("id", "status", "exit code", "started", "took")
 ABOUT = {
     "list": "one line a job, the oldest first",
     "status": "what one job is, and how it ended",
@@ -40,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 def act(options: argparse.Namespace) -> int:
     server = JobServer(options.address)
     if options.command == "list":
-        show_table(("id", "status", "exit code", "started", "took", "command"), [row(job) for job in server.jobs()])
+        show_table((*TITLES, "job"), [(*row(job), kind(job)) for job in server.jobs()])
         return 0
     if options.command == "logs":
         if options.follow:
@@ -49,11 +51,9 @@ def act(options: argparse.Namespace) -> int:
         return 0
     if options.command == "stop":
         return end(server, options.id)
-    titles = ("id", "status", "exit code", "started", "took", "command")
     state = server.job(options.id)
-    print("\n".join(f"{title:10}{value}" for title, value in zip(titles, row(state), strict=True) if value))
-    if state.message:
-        print(f"{'told':10}{state.message}")
+    told = zip((*TITLES, "command", "told"), (*row(state), state.entrypoint.removeprefix("exec "), state.message), strict=True)
+    print("\n".join(f"{title:10}{value}" for title, value in told if value))
     return 0
 
 
@@ -71,7 +71,13 @@ def row(job: JobState) -> tuple[str, ...]:
     code = "" if job.driver_exit_code is None else str(job.exit_code)
     began = "" if job.began_at_s is None else datetime.fromtimestamp(job.began_at_s).isoformat(" ", "seconds")
     took = "" if job.began_at_s is None or job.ended_at_s is None else f"{job.ended_at_s - job.began_at_s:.0f} s"
-    return job.job_id, job.status.lower(), code, began, took, job.entrypoint.removeprefix("exec ")
+    return job.job_id, job.status.lower(), code, began, took
+
+
+def kind(job: JobState) -> str:
+    """pretrain, sweep, ...; for jobs that others submitted, how their command begins."""
+    found = re.match(r"(?:exec )?python -m jobs\.(\w+)", job.entrypoint)
+    return found[1] if found else job.entrypoint.partition("\n")[0][:40]
 
 
 if __name__ == "__main__":

@@ -59,11 +59,14 @@ def token_head(
         client.pop(name, None)
     path = f"{python.parent}:{client['PATH']}"
     words = [*RAY, "start", "--head", "--block", f"--port={port}", f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1"]
+    # Beside another Ray of this machine: of these ports Ray has defaults that only one can have.
+    words += [f"--{name}={free_port()}" for name in ("dashboard-agent-listen-port", "ray-client-server-port")]
+    metrics = {name: str(free_port()) for name in ("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT")}
     words += [f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--object-store-memory=200000000", f"--temp-dir={folder}"]
     head = subprocess.Popen(
         [str(python), *words, *options],
         cwd="/",
-        env={**client, "PATH": path, **(settings or {})},
+        env={**client, **metrics, "PATH": path, **(settings or {})},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

@@ -21,6 +21,9 @@ from tests.infra.test_ray_up_policies import RAY_UP, load
 from tests.token_head import free_port
 
 FILES = sorted(path.stem for path in RAY_UP.glob("*.yaml"))
+# Ports of Ray that the command leaves as they are, and that only one Ray of a machine can have.
+MORE_PORTS = ("dashboard-agent-listen-port", "ray-client-server-port")
+METRICS_PORTS = ("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT")
 PORTS = ("port", "object-manager-port", "metrics-export-port", "dashboard-port")
 
 
@@ -66,11 +69,13 @@ def shipped_head(settings: Mapping[str, str] | None = None) -> Iterator[ShippedH
         assert changed == 1
     command, _, rest = command.replace("/opt/headrace/bin", str(Path(sys.executable).parent)).partition("--autoscaling-config=")
     assert rest == "~/ray_bootstrap_config.yaml"
+    command += " ".join(f"--{name}={free_port()}" for name in MORE_PORTS)
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:  # short: sockets are in it
         token, log = Path(folder) / "token", Path(folder) / "log"
         token.write_text(secrets.token_hex(32))
         options = [option.removeprefix("--env=").partition("=") for option in shipped["docker"]["run_options"] if "--env=" in option]
-        environment = {**os.environ, **{name: value for name, _, value in options}, "RAY_AUTH_TOKEN_PATH": str(token), **(settings or {})}
+        environment = {**os.environ, **{name: value for name, _, value in options}, "RAY_AUTH_TOKEN_PATH": str(token)}
+        environment |= {name: str(free_port()) for name in METRICS_PORTS} | dict(settings or {})
         with log.open("wb") as output:
             words = ["bash", "-c", f"{command} --temp-dir={folder}/ray --block"]
             head = subprocess.Popen(words, env=environment, stdout=output, stderr=output, start_new_session=True)

@@ -75,7 +75,9 @@ def test_a_submitted_run_trains_and_its_log_and_exit_code_come_back(head: Head, 
     assert failed.returncode == 2
     assert "other: failed with exit code 2" in failed.stderr and "model.preset='no_such' is unknown" in failed.stdout
     listed = headrace(f"jobs.jobs list --address {head.address}", tree, dict(head.environment))
-    assert [line.split()[:3] for line in listed.stdout.splitlines()[1:]] == [["small", "succeeded", "0"], ["other", "failed", "2"]]
+    assert [line.split()[:3] for line in listed.stdout.splitlines()[1:]] == [["small", "succeeded", "0"], ["other", "failed", "2"]], (
+        listed.stdout
+    )
 
 
 def test_strangers_are_refused_and_nothing_is_sent(head: Head, tree: Path) -> None:
