@@ -1,7 +1,8 @@
 """A folder as the archive that a submitted job unpacks on the head: which files, how large, under what name.
 
 Which files are left out follows Ray's own rules (.gitignore and .rayignore of each folder, by Ray's own matcher), so that this command and
-`ray job submit` take the same ones, but for .git, which may hold credentials of remotes and is never needed.
+`ray job submit` take the same ones, but for .git, which may hold credentials of remotes, and compiled Python, which would make a package new
+each time.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from cluster.errors import SubmitError
 
 LIMIT_BYTES = 64 << 20  # Ray's job server refuses 100 MiB, after the upload, and keeps every package in the memory of the head
-NEVER = (".git",)
+NEVER = (".git", "__pycache__")
 TIME = (1980, 1, 1, 0, 0, 0)  # of every file, the first that a ZIP archive can tell: equal files make equal archives
 LARGEST_SHOWN = 5
 _QUIET = logging.getLogger("headrace.package")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from cluster.package import inside, pack
 from cluster.submit import follow, submit
 from jobs.exit_code import exit_code_of
 from llm.config_file import load_run
+from llm.redact import without_secrets
 from llm.search.sweep_config import load_sweep
 
 JOBS = {
@@ -48,6 +50,11 @@ def send(options: argparse.Namespace) -> int:
     base = options.id or name
     if not all(letter.isascii() and (letter.isalnum() or letter in "._-") for letter in base):
         raise SubmitError(f"--id {base!r} may hold letters, digits, '.', '_' and '-' only.")
+    if without_secrets(told := shlex.join(options.set)) != told:
+        raise SubmitError(
+            "a --set holds a credential, or the value of a secret variable of this environment: the job server shows the commands of all "
+            "jobs. Set that variable where the job runs, in the cluster's environment."
+        )
     package = pack(options.working_dir, files)
     server = JobServer(options.address)
     module, more = JOBS[options.job]

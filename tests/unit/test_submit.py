@@ -65,6 +65,7 @@ def test_the_same_files_go_along_as_with_ray(tmp_path: Path) -> None:
     create_package(str(tmp_path), tmp_path.parent / "theirs.zip", include_gitignore=True)
     theirs = {name for name in zipfile.ZipFile(tmp_path.parent / "theirs.zip").namelist() if not name.endswith("/")}
     write(tmp_path / ".git" / "config", "url = https://me:secret@host/repo")
+    write(tmp_path / "deep" / "__pycache__" / "a.pyc")
     ours = pack(tmp_path)
     assert set(zipfile.ZipFile(BytesIO(ours.archive)).namelist()) == theirs
     assert "deep/er/d.log" in theirs and "a.py" in theirs and "data/1.bin" not in theirs

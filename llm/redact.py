@@ -1,0 +1,101 @@
+"""What must not be told: credentials in URIs, and the values of environment variables that hold secrets. The one place that knows both.
+
+A configuration with credentials in it is refused (`credential_in`), because it is recorded, resolved, shown by the job server and read back;
+texts that libraries make (errors, log records) are cleaned where they are written (`without_secrets`).
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import quote, quote_plus, unquote, urlsplit
+
+HIDDEN = "***"
+SHORTEST = 8  # a shorter value is a word, and would be blanked all over
+_WORDS = "TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|KEY|KEY_ID|APIKEY|SAS|CONNECTION_STRING|COOKIE|SIGNATURE"
+SECRET_VARIABLE = re.compile(rf"(?:^|_)(?:{_WORDS})(?:_\d+)?$", re.I)
+# Of a URI's query: AWS's and Google's signed URLs, Azure's SAS (sig), and what others call it.
+SECRET_PARAMETER = re.compile(
+    r"(?:token|secret|password|passwd|passphrase|credentials?|signature|(?:access|secret|api|private)[-_]?key(?:[-_]?id)?"
+    r"|(?:^|[-_.])(?:pwd|pass|sig|key|auth|code))$",
+    re.I,
+)
+# Up to the last @ before the path, for passwords may hold one; where a password holds a slash, up to the last @ at all.
+_USER_AND_PASSWORD = re.compile(r"(?<=://)(?:[^/\s?#'\"]*@|[^/\s@:'\"]*:(?!\d{0,5}(?:[/?#\s'\"]|$))[^\s'\"]*@)")
+_PARAMETER = re.compile(r"(?<=[?&;])([\w.%-]+)=([^&;#\s'\"<>]*)")
+_AUTHORIZATION = re.compile(r"(?i)(\b(?:x-ray-)?authorization\b['\"]?\s*[:=]\s*['\"]?(?:(?:bearer|basic|digest|token)\s+)?)([^\s'\",;]+)")
+
+
+def without_secrets(text: str, environment: Mapping[str, str] | None = None) -> str:
+    """`text` with *** in place of every secret: the values of secret variables of `environment` (this process's), also as they look inside
+    a URL, JSON, HTML or a Python literal; user and password of a URI; secret parameters of its query; authorization headers."""
+    for value in _values(os.environ if environment is None else environment):
+        text = text.replace(value, HIDDEN)
+    text = _USER_AND_PASSWORD.sub(f"{HIDDEN}@", text)
+    text = _PARAMETER.sub(lambda found: f"{found[1]}={HIDDEN}" if SECRET_PARAMETER.search(unquote(found[1])) else found[0], text)
+    return _AUTHORIZATION.sub(rf"\g<1>{HIDDEN}", text)
+
+
+def cleaned(value: Any) -> Any:
+    """`value`, a text or lists and mappings of texts, without secrets."""
+    if isinstance(value, str):
+        return without_secrets(value)
+    if isinstance(value, Mapping):
+        return {key: cleaned(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(cleaned(each) for each in value)
+    return value
+
+
+def credential_in(uri: str) -> str | None:
+    """What in `uri` is a credential, without telling it: "a user name or password", "the parameter X-Amz-Signature"; None where nothing
+    is, as in every local path."""
+    if "://" not in uri:
+        return None
+    if _USER_AND_PASSWORD.search(uri):
+        return "a user name or password"
+    try:
+        query = urlsplit(uri).query
+    except ValueError:
+        query = uri.partition("?")[2]
+    names = (part.partition("=")[0] for part in re.split("[&;]", query) if "=" in part)
+    found = next((name for name in names if SECRET_PARAMETER.search(unquote(name))), None)
+    return None if found is None else f"the parameter {found}"
+
+
+def scrub(error: BaseException) -> BaseException:
+    """`error` to be raised on: the same one, its texts and those of what caused it without secrets; another where that cannot be done."""
+    one: BaseException | None = error
+    seen: set[int] = set()
+    while one is not None and id(one) not in seen:
+        seen.add(id(one))
+        if _tells(one):
+            one.args = cleaned(one.args)
+            for name in ("filename", "filename2", "strerror", "msg", "message"):
+                if isinstance(getattr(one, name, None), str):
+                    setattr(one, name, cleaned(getattr(one, name)))
+        if _tells(one):
+            return RuntimeError(f"{type(error).__name__}: {without_secrets(str(error))}")
+        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+    return error
+
+
+def _tells(error: BaseException) -> bool:
+    notes = "\n".join(getattr(error, "__notes__", ()))
+    text = f"{error}\n{error!r}\n{notes}"
+    return without_secrets(text) != text
+
+
+def _values(environment: Mapping[str, str]) -> list[str]:
+    """The secret values and their other looks, the longest first: one may be a part of another."""
+    found: set[str] = set()
+    for name, value in environment.items():
+        value = value.strip()
+        if len(value) >= SHORTEST and SECRET_VARIABLE.search(name):
+            found |= {value, quote(value, safe=""), quote_plus(value), quote(value), html.escape(value)}
+            found |= {repr(value)[1:-1], json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]}
+    return sorted(found, key=len, reverse=True)
