@@ -1,8 +1,8 @@
 """A folder as the archive that a submitted job unpacks on the head: which files, how large, under what name.
 
 Which files are left out follows Ray's own rules (.gitignore and .rayignore of each folder, by Ray's own matcher), so that this command and
-`ray job submit` take the same ones, but for .git, which may hold credentials of remotes, and compiled Python, which would make a package new
-each time.
+`ray job submit` take the same ones, but for .git, which may hold credentials of remotes, and compiled Python, which would make each
+package another.
 """
 
 from __future__ import annotations

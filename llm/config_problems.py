@@ -75,9 +75,8 @@ def _credentials(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
 
 
 def _credential(path: KeyPath, what: str) -> str:
-    names = (
-        ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD") if "mlflow_uri" in path else ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-    )
+    of_mlflow = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+    names = of_mlflow if "mlflow_uri" in path else ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
     return (
         f"{dotted(path)} holds {what}: a run's configuration is recorded with it, and a cluster shows it. Take that out, and set "
         f"{' and '.join(names)} where the job runs"

@@ -190,7 +190,7 @@ def eval_row(*, step: int, eval_loss: float, eval_tokens: int, eval_s: float | N
 
 
 def event_row(event: str, *, elapsed_s: float, **fields: Any) -> Row:
-    """Something that happened, see EVENTS. `fields` are anything JSON can hold; a path becomes text. What errors told is without secrets."""
+    """Something that happened, see EVENTS. `fields` are anything JSON can hold; a path becomes text. It is kept without secrets."""
     return _checked({"kind": "event", "event": event, "elapsed_s": elapsed_s, **cleaned(fields)})
 
 

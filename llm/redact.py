@@ -1,7 +1,7 @@
 """What must not be told: credentials in URIs, and the values of environment variables that hold secrets. The one place that knows both.
 
-A configuration with credentials in it is refused (`credential_in`), because it is recorded, resolved, shown by the job server and read back;
-texts that libraries make (errors, log records) are cleaned where they are written (`without_secrets`).
+A configuration with credentials in it is refused (`credential_in`): it is recorded, read back and shown by the job server. Texts that libraries
+make (errors, log records) are cleaned where they are written (`without_secrets`).
 """
 
 from __future__ import annotations

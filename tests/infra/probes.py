@@ -103,7 +103,7 @@ def http_answers(port: Listening, token: str | None) -> Iterator[Answer]:
 
 def grpc_answers(port: Listening, token: str | None) -> Iterator[Answer]:
     """The answers other than that the caller is not known, or the method is not there."""
-    metadata = [("authorization", f"Bearer {token}")] if token else []
+    metadata = (("authorization", f"Bearer {token}"),) if token else ()
     with grpc.insecure_channel(f"{port.host}:{port.port}", options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=3)
@@ -124,8 +124,10 @@ def grpc_answers(port: Listening, token: str | None) -> Iterator[Answer]:
 
 def _name(line: str) -> str:
     """A short name for one of Ray's processes, by its command line."""
+    program = line.split(maxsplit=1)[0] if line else ""
+    if program.endswith(("raylet", "gcs_server")):  # what they start is on their command lines
+        return "raylet" if program.endswith("raylet") else "gcs"
     for mark, name in (
-        ("gcs_server", "gcs"),
         ("monitor.py", "autoscaler"),
         ("util.client.server", "client server"),
         ("dashboard/dashboard.py", "dashboard"),
@@ -133,7 +135,6 @@ def _name(line: str) -> str:
         ("dashboard/agent.py", "agent"),
         ("RuntimeEnvAgent", "runtime environments"),
         ("runtime_env/agent", "runtime environments"),
-        ("raylet/raylet", "raylet"),
     ):
         if mark in line:
             return name
