@@ -63,9 +63,8 @@ def send(options: argparse.Namespace) -> int:
         arguments += ["--set", change]
     sent = submit(server, base, module, arguments, package)
     size = f"{len(package.files)} files, {len(package.archive) / 2**20:.1f} MiB"
-    print(
-        f"{sent.job_id}: submitted to {server.address} ({size})" if sent.is_new else f"{sent.job_id} runs already: following it", flush=True
-    )
+    told = f"submitted to {server.address} ({size})" if sent.is_new else "the same command and files run already as this job"
+    print(f"{sent.job_id}: {told}", flush=True)
     if options.no_wait:
         print(how_to(sent.job_id, server.address))
         return 0

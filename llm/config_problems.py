@@ -57,8 +57,14 @@ def checked(raw: dict[Any, Any]) -> tuple[RunConfig | None, list[Problem]]:
         across = _certain_cross_checks(data, search.doubtful)
     else:
         across = cross_checks(config)
-    problems = search.problems + [Problem(path, _credential(path, what)) for path, what in _credentials(raw, ())]
+    secret = dict(_credentials(raw, ()))
+    # Other rules tell parts of a value: of one with a credential they say nothing.
+    problems = [problem for problem in search.problems if problem.path not in secret]
+    problems += [Problem(path, _credential(path, what)) for path, what in secret.items()]
+    hidden = {dotted(path) for path in secret}
     for key, text in across:
+        if key in hidden:
+            continue
         problems.append(Problem(tuple(key.split(".")), text if key in text else f"{key}: {text}"))
     rank = {name: i for i, name in enumerate(RunConfig.model_fields)}
     problems.sort(key=lambda problem: rank.get(str(problem.path[0]), -1))

@@ -1,7 +1,7 @@
 """What must not be told: credentials in URIs, and the values of environment variables that hold secrets. The one place that knows both.
 
-A configuration with credentials in it is refused (`credential_in`): it is recorded, read back and shown by the job server. Texts that libraries
-make (errors, log records) are cleaned where they are written (`without_secrets`).
+A configuration with credentials in it is refused (`credential_in`): it is recorded, read back and shown by the job server. What libraries
+say, in errors and log records, is cleaned where it is written (`without_secrets`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ SECRET_PARAMETER = re.compile(
     r"|(?:^|[-_.])(?:pwd|pass|sig|key|auth|code))$",
     re.I,
 )
-# Up to the last @ before the path, for passwords may hold one; where a password holds a slash, up to the last @ at all.
-_USER_AND_PASSWORD = re.compile(r"(?<=://)(?:[^/\s?#'\"]*@|[^/\s@:'\"]*:(?!\d{0,5}(?:[/?#\s'\"]|$))[^\s'\"]*@)")
+# A password may hold @ and /: where there is one (a colon, and no port behind it), up to the last @ of the word; else up to the last before
+# the path. One that begins with digits and a slash cannot be told from a port and a path.
+_USER_AND_PASSWORD = re.compile(r"(?<=://)(?:[^/\s@:'\"]*:(?!\d{0,5}(?:[/?#\s'\"]|$))[^\s'\"]*@|[^/\s?#'\"]*@)")
 _PARAMETER = re.compile(r"(?<=[?&;])([\w.%-]+)=([^&;#\s'\"<>]*)")
 _AUTHORIZATION = re.compile(r"(?i)(\b(?:x-ray-)?authorization\b['\"]?\s*[:=]\s*['\"]?(?:(?:bearer|basic|digest|token)\s+)?)([^\s'\",;]+)")
 
