@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote, quote_plus, unquote, urlsplit
 
@@ -66,6 +68,27 @@ def credential_in(uri: str) -> str | None:
     names = (part.partition("=")[0] for part in re.split("[&;]", query) if "=" in part)
     found = next((name for name in names if SECRET_PARAMETER.search(unquote(name))), None)
     return None if found is None else f"the parameter {found}"
+
+
+class Redacted(logging.Formatter):
+    """Log records without secrets, tracebacks included: libraries put requests, URLs and headers into them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
+
+
+@contextmanager
+def scrubbed() -> Iterator[None]:
+    """For what Ray runs in processes of its own: Ray writes into its logs, which the dashboard shows, the errors that come out, and what
+    libraries log where nobody has said where to."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(Redacted())
+    try:
+        yield
+    except Exception as error:
+        if (clean := scrub(error)) is error:
+            raise
+        raise clean from None
 
 
 def scrub(error: BaseException) -> BaseException:

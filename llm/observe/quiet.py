@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.errors import StorageError
-from llm.redact import without_secrets
+from llm.redact import Redacted
 from llm.storage import is_s3, local_path
 
 # Loggers that get, or are known to set up, console handlers of their own. Children propagate to them.
@@ -80,9 +80,9 @@ class Quiet:
         except OSError as error:
             raise StorageError(f"{path} cannot be written as a log file: {error.strerror}.") from error
         to_file.setLevel(logging.INFO)  # Ray Data and Ray Train log at DEBUG, which fills a disk
-        to_file.setFormatter(_Redacted("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        to_file.setFormatter(Redacted("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         to_user = _CurrentStderr(level=logging.ERROR)
-        to_user.setFormatter(_Redacted("%(levelname)s %(name)s: %(message)s"))
+        to_user.setFormatter(Redacted("%(levelname)s %(name)s: %(message)s"))
 
         self.log_file = path
         self._new_env = [name for name in env if name not in os.environ]
@@ -210,13 +210,6 @@ class _NoConsoleLogger(logging.Logger):
             self.__dict__["_asked_to_propagate"] = value
             value = True
         super().__setattr__(name, value)
-
-
-class _Redacted(logging.Formatter):
-    """Tracebacks included: libraries put requests, URLs and headers into their errors."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return without_secrets(super().format(record))
 
 
 class _CurrentStderr(logging.Handler):

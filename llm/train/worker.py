@@ -26,7 +26,7 @@ from llm.errors import HangError, TrainingError
 from llm.job import Job
 from llm.observe.quiet import quiet_worker
 from llm.parallel.mesh import Mesh
-from llm.redact import scrub
+from llm.redact import scrubbed
 from llm.state import TrainState
 from llm.storage import is_s3, join, local_path
 from llm.train import life
@@ -43,12 +43,9 @@ def start_file(job: Job) -> StartFile:
 
 
 def work(config: dict[str, Any]) -> None:
-    """The function that Ray Train runs on every worker. `config`: {"job": Job}. Ray writes what it raises into its logs, which the
-    dashboard shows: so that has no secrets."""
-    try:
+    """The function that Ray Train runs on every worker. `config`: {"job": Job}."""
+    with scrubbed():
         _work(config["job"])
-    except Exception as error:
-        raise scrub(error)  # noqa: B904 - the same one, but where a library's cannot be changed
 
 
 def _work(job: Job) -> None:
