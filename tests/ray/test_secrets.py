@@ -1,4 +1,4 @@
-"""No secret of the environment is found in a single byte that a run leaves: not in its folder, Ray's sessions, outputs or the job server."""
+"""No secret of the environment is in a single byte of what a run leaves: its folder, Ray's sessions, the terminal, the job server."""
 
 from __future__ import annotations
 

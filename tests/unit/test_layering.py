@@ -26,6 +26,7 @@ TORCH_FREE = [
     "llm.data.order",
     "llm.data.pack",
     "llm.parallel.mesh",
+    "llm.redact",
     "llm.checkpoint.layout",
     "llm.checkpoint.index",
     "llm.checkpoint.manifest",
@@ -40,6 +41,8 @@ TORCH_FREE = [
     "llm.model.presets",
     "llm.train.schedule",
     "jobs.cli",
+    "jobs.jobs",
+    "jobs.submit",
 ]
 
 VIOLATIONS = {
