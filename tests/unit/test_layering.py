@@ -41,8 +41,6 @@ TORCH_FREE = [
     "llm.model.presets",
     "llm.train.schedule",
     "jobs.cli",
-    "jobs.jobs",
-    "jobs.submit",
 ]
 
 VIOLATIONS = {
