@@ -30,7 +30,9 @@ SECRET_PARAMETER = re.compile(
 # the path. One that begins with digits and a slash cannot be told from a port and a path.
 _USER_AND_PASSWORD = re.compile(r"(?<=://)(?:[^/\s@:'\"]*:(?!\d{0,5}(?:[/?#\s'\"]|$))[^\s'\"]*@|[^/\s?#'\"]*@)")
 _PARAMETER = re.compile(r"(?<=[?&;])([\w.%-]+)=([^&;#\s'\"<>]*)")
-_AUTHORIZATION = re.compile(r"(?i)(\b(?:x-ray-)?authorization\b['\"]?\s*[:=]\s*['\"]?(?:(?:bearer|basic|digest|token)\s+)?)([^\s'\",;]+)")
+_AUTHORIZATION = re.compile(
+    r"(?i)(\b(?:x-ray-)?authorization\b['\"]?\s*[:=]\s*['\"]?(?:(?:bearer|basic|digest|token)\s+)?+)((?!\*\*\*)[^\s'\",;]+)"
+)
 
 
 def without_secrets(text: str, environment: Mapping[str, str] | None = None) -> str:
@@ -39,8 +41,16 @@ def without_secrets(text: str, environment: Mapping[str, str] | None = None) -> 
     for value in _values(os.environ if environment is None else environment):
         text = text.replace(value, HIDDEN)
     text = _USER_AND_PASSWORD.sub(f"{HIDDEN}@", text)
-    text = _PARAMETER.sub(lambda found: f"{found[1]}={HIDDEN}" if SECRET_PARAMETER.search(unquote(found[1])) else found[0], text)
+    text = _PARAMETER.sub(_hidden_parameter, text)
     return _AUTHORIZATION.sub(rf"\g<1>{HIDDEN}", text)
+
+
+def _hidden_parameter(found: re.Match[str]) -> str:
+    """What is hidden already stays as it is: what follows it may have been put there since."""
+    name, value = found[1], found[2]
+    if value.startswith(HIDDEN) or not SECRET_PARAMETER.search(unquote(name)):
+        return found[0]
+    return f"{name}={HIDDEN}"
 
 
 def cleaned(value: Any) -> Any:
@@ -99,7 +109,7 @@ def scrub(error: BaseException) -> BaseException:
         seen.add(id(one))
         if _tells(one):
             one.args = cleaned(one.args)
-            for name in ("filename", "filename2", "strerror", "msg", "message"):
+            for name in ("filename", "filename2", "strerror", *vars(one)):
                 if isinstance(getattr(one, name, None), str):
                     setattr(one, name, cleaned(getattr(one, name)))
         if _tells(one):
