@@ -197,6 +197,41 @@ def test_a_job_runs_its_module_with_the_configuration_of_the_working_directory(f
     assert "headrace jobs stop mine --address http://" in capsys.readouterr().out
 
 
+SWEEP = """
+sweep: {name: widths}
+run: RUN
+space: {train.lr: {choice: [1.0e-2, 1.0e-3]}}
+budget: {trials: 2}
+"""
+
+
+def test_a_sweep_takes_its_run_along(folder: Path, capsys) -> None:
+    write(folder / "work" / "base.yaml", RUN + "eval: {every_steps: 2, rows: 8}\n")
+    write(folder / "base.yaml", RUN + "eval: {every_steps: 2, rows: 8}\n")
+    with fake_job_server(fake()) as there:
+        words = ["sweep", "--address", there.address, "--config", "work/sweep.yaml", "--working-dir", "work", "--no-wait"]
+        for run, told in (
+            ("../base.yaml", "is not inside the working directory"),
+            (str(folder / "base.yaml"), "is a path of this machine"),
+        ):
+            write(folder / "work" / "sweep.yaml", SWEEP.replace("RUN", run))
+            assert job.main(words) == 2 and told in capsys.readouterr().err
+        assert there.submitted == []
+        write(folder / "work" / "sweep.yaml", SWEEP.replace("RUN", "base.yaml"))
+        assert job.main(words) == 0, capsys.readouterr().err
+    assert there.submitted[0]["submission_id"] == "widths"
+    assert there.submitted[0]["entrypoint"] == "exec python -m jobs.sweep --config sweep.yaml"
+
+
+@pytest.mark.parametrize("change", ["run.storage=s3://b/CANARY", "tokenizer.eos=CANARY", "train.lr=CANARY"])
+def test_a_secret_on_the_command_line_is_refused(change: str, folder: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "canary-0123456789")
+    with fake_job_server(fake()) as there:
+        words = ["pretrain", "--address", there.address, "--config", "run.yaml", "--no-wait"]
+        assert job.main([*words, "--set", change.replace("CANARY", "canary-0123456789")]) == 2
+    assert "canary" not in capsys.readouterr().err and there.submitted == []
+
+
 def test_an_id_is_used_once(folder: Path) -> None:
     def known(job_id: str, status: str) -> dict:
         return {"submission_id": job_id, "status": status, "metadata": {submit.BASE: "small"}, "entrypoint": "e"}
