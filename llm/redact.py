@@ -80,21 +80,36 @@ def credential_in(uri: str) -> str | None:
     return None if found is None else f"the parameter {found}"
 
 
-class Redacted(logging.Formatter):
-    """Log records without secrets, tracebacks included: libraries put requests, URLs and headers into them."""
+@contextmanager
+def clean_records() -> Iterator[None]:
+    """Log records that are made inside are without secrets, tracebacks included, whoever has put a handler where: Ray does, too."""
+    before = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(lambda *told, **more: _clean_record(before(*told, **more)))
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(before)
 
-    def format(self, record: logging.LogRecord) -> str:
-        return without_secrets(super().format(record))
+
+def _clean_record(record: logging.LogRecord) -> logging.LogRecord:
+    try:
+        text = record.getMessage()
+    except Exception:  # a text that does not fit its values: the handlers say so
+        return record
+    if (clean := without_secrets(text)) != text:
+        record.msg, record.args = clean, ()
+    if isinstance(record.exc_info, tuple) and record.exc_info[0]:
+        record.exc_text = without_secrets(logging.Formatter().formatException(record.exc_info))
+    return record
 
 
 @contextmanager
 def scrubbed() -> Iterator[None]:
-    """For what Ray runs in processes of its own: Ray writes into its logs, which the dashboard shows, the errors that come out, and what
-    libraries log where nobody has said where to."""
-    if logging.lastResort is not None:
-        logging.lastResort.setFormatter(Redacted())
+    """For what Ray runs in processes of its own: Ray writes into its logs, which the dashboard shows, the errors that come out and what
+    libraries log."""
     try:
-        yield
+        with clean_records():
+            yield
     except Exception as error:
         if (clean := scrub(error)) is error:
             raise

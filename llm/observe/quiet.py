@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.errors import StorageError
-from llm.redact import Redacted
+from llm.redact import clean_records
 from llm.storage import is_s3, local_path
 
 # Loggers that get, or are known to set up, console handlers of their own. Children propagate to them.
@@ -80,9 +80,9 @@ class Quiet:
         except OSError as error:
             raise StorageError(f"{path} cannot be written as a log file: {error.strerror}.") from error
         to_file.setLevel(logging.INFO)  # Ray Data and Ray Train log at DEBUG, which fills a disk
-        to_file.setFormatter(Redacted("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         to_user = _CurrentStderr(level=logging.ERROR)
-        to_user.setFormatter(Redacted("%(levelname)s %(name)s: %(message)s"))
+        to_user.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
 
         self.log_file = path
         self._new_env = [name for name in env if name not in os.environ]
@@ -95,6 +95,8 @@ class Quiet:
         self._root_handlers = [handler for handler in root.handlers if _writes_to_console(handler)]
         for handler in self._root_handlers:
             root.removeHandler(handler)
+        self._records = clean_records()
+        self._records.__enter__()
         self._handlers = (to_file, to_user)
         for handler in self._handlers:
             root.addHandler(handler)
@@ -106,6 +108,7 @@ class Quiet:
             return
         if self._stdout is not None:
             self._stdout.close()
+        self._records.__exit__(None, None, None)
         root = logging.getLogger()
         for handler in self._handlers:
             root.removeHandler(handler)
