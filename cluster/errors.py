@@ -11,3 +11,9 @@ class ClusterError(Exception):
 
 class HeadLostError(ClusterError):
     """The cluster's head does not answer any more."""
+
+
+class SubmitError(ClusterError):
+    """What was asked to be submitted cannot be: nothing was sent."""
+
+    exit_code = 2

@@ -18,6 +18,8 @@ JOBS = {
     "checkpoints": "list, verify, inspect and compare a run's checkpoints",
     "export": "write a Hugging Face folder from any checkpoint of a run",
     "doctor": "check a cluster: versions, disks, clocks, ports, storage, speed between nodes",
+    "submit": "run one of these on a cluster, and follow it",
+    "jobs": "list, follow and stop the jobs of a cluster",
     "trace": "print the documents that made a step's batch",
 }
 USAGE = "usage: headrace COMMAND [options]      (headrace COMMAND --help tells the options; --version, --help)"

@@ -22,6 +22,7 @@ from llm.config_file import load_run
 from llm.errors import HeadraceError
 from llm.model.flops import num_parameters
 from llm.model.presets import model_config
+from llm.redact import without_secrets
 from llm.storage import is_s3, local_path, read_bytes
 from llm.storage_check import check_storage, delete_object, put_object
 
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise
             findings = [Finding("red", "driver", "connection", str(error), "the cluster answers this client")]
         if options.json:
-            print(json.dumps([asdict(finding) for finding in findings], indent=1))
+            print(without_secrets(json.dumps([asdict(finding) for finding in findings], indent=1)))
         else:
             show(findings, [] if config else ["not checked: storage and a run's needs (give --config)"])
         return exit_code(findings)

@@ -1,10 +1,13 @@
-"""How a job that trains ends: every error that is meant for users as one line on stderr, Ctrl-C and SIGTERM quietly."""
+"""How a job that trains ends: every error that is meant for users as one line on stderr, without secrets, Ctrl-C and SIGTERM quietly."""
 
 from __future__ import annotations
 
 import signal
 import sys
+import traceback
 from collections.abc import Callable
+
+from llm.redact import without_secrets
 
 
 def exit_code_of(act: Callable[[], int], interrupted: str) -> int:
@@ -18,8 +21,9 @@ def exit_code_of(act: Callable[[], int], interrupted: str) -> int:
     except Exception as error:
         code = getattr(error, "exit_code", None)
         if code is None:
-            raise
-        print(f"error: {error}", file=sys.stderr)
+            print(without_secrets("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+            return 1
+        print(f"error: {without_secrets(str(error))}", file=sys.stderr)
         return code
 
 

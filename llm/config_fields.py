@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from llm.config import Section
+from llm.redact import cleaned, without_secrets
 
 SHOWN_CHARS = 60  # of a value in a message
 BOUND_WORDS = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "under"}
@@ -33,11 +34,11 @@ KINDS = {
 def shown(value: Any) -> str:
     """`value` as YAML would write it, shortened: 'two' in quotes, null, true, 1.5."""
     if isinstance(value, str):
-        text = repr(value)
+        text = repr(without_secrets(value))
     elif isinstance(value, float):
         text = repr(value).replace("inf", ".inf").replace("nan", ".nan")
     else:
-        text = json.dumps(value, default=str, ensure_ascii=False)
+        text = json.dumps(cleaned(value), default=str, ensure_ascii=False)
     return text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 3] + "..."
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from llm.config_fields import (
     shown,
 )
 from llm.config_rules import cross_checks
+from llm.redact import credential_in
 
 KeyPath = tuple[str | int, ...]
 
@@ -55,12 +57,36 @@ def checked(raw: dict[Any, Any]) -> tuple[RunConfig | None, list[Problem]]:
         across = _certain_cross_checks(data, search.doubtful)
     else:
         across = cross_checks(config)
-    problems = search.problems
+    secret = dict(_credentials(raw, ()))
+    # Other rules tell parts of a value: of one with a credential they say nothing.
+    problems = [problem for problem in search.problems if problem.path not in secret]
+    problems += [Problem(path, _credential(path, what)) for path, what in secret.items()]
+    hidden = {dotted(path) for path in secret}
     for key, text in across:
+        if key in hidden:
+            continue
         problems.append(Problem(tuple(key.split(".")), text if key in text else f"{key}: {text}"))
     rank = {name: i for i, name in enumerate(RunConfig.model_fields)}
     problems.sort(key=lambda problem: rank.get(str(problem.path[0]), -1))
     return (None if problems else config), problems
+
+
+def _credentials(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
+    """Where the raw values hold a URI with a credential in it, and what that is."""
+    if isinstance(value, str) and (what := credential_in(value)):
+        yield path, what
+    below = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, inner in below:
+        yield from _credentials(inner, (*path, name))
+
+
+def _credential(path: KeyPath, what: str) -> str:
+    of_mlflow = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+    names = of_mlflow if "mlflow_uri" in path else ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    return (
+        f"{dotted(path)} holds {what}: a run's configuration is recorded with it, and a cluster shows it. Take that out, and set "
+        f"{' and '.join(names)} where the job runs"
+    )
 
 
 def dotted(path: KeyPath) -> str:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from llm.redact import cleaned
+
 
 class HeadraceError(Exception):
-    """Base of every error meant for users. Positional arguments only, so that it survives pickling between processes."""
+    """Base of every error meant for users. Positional arguments only, so that it survives pickling between processes; what libraries said
+    in them is without secrets."""
 
     exit_code = 2
+
+    def __init__(self, *told: object) -> None:
+        super().__init__(*cleaned(told))
 
 
 class ConfigError(HeadraceError):

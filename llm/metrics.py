@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.metrics_file import FileSink, MetricsSink, MetricsTail, Row, file_reader, parse_line, read_rows
+from llm.redact import cleaned
 
 __all__ = [
     "EVENTS",
@@ -189,8 +190,8 @@ def eval_row(*, step: int, eval_loss: float, eval_tokens: int, eval_s: float | N
 
 
 def event_row(event: str, *, elapsed_s: float, **fields: Any) -> Row:
-    """Something that happened, see EVENTS. `fields` are anything JSON can hold; a path becomes text."""
-    return _checked({"kind": "event", "event": event, "elapsed_s": elapsed_s, **fields})
+    """Something that happened, see EVENTS. `fields` are anything JSON can hold; a path becomes text. It is kept without secrets."""
+    return _checked({"kind": "event", "event": event, "elapsed_s": elapsed_s, **cleaned(fields)})
 
 
 def _checked(row: Row) -> Row:

@@ -38,6 +38,7 @@ from llm.data.run_ahead import RUN_AHEAD, RunAhead
 from llm.data.start_file import StartFile
 from llm.data.window import Packed, Recipe, make_window, with_empty_windows
 from llm.errors import DataError
+from llm.redact import scrubbed
 from llm.state import COUNTED
 from llm.storage import join, write_bytes
 
@@ -108,9 +109,10 @@ def sequences(
     shared, windows_per_epoch = ray.put(recipe), recipe.plan.windows_per_epoch
 
     def tokenize(batch: Any) -> Iterator[Any]:
-        held, cursor = _held(shared), start.read()
-        for number in batch["id"].tolist():
-            yield from _window_block(held, cursor, number, quarantine, cache)
+        with scrubbed():
+            held, cursor = _held(shared), start.read()
+            for number in batch["id"].tolist():
+                yield from _window_block(held, cursor, number, quarantine, cache)
 
     def deal(rows: Any) -> dict[str, np.ndarray]:
         if len(rows["ids"]) == group_rows:
@@ -138,7 +140,8 @@ def fill_cache(recipe: Recipe, cache: TokenCache, concurrency: int) -> dict[str,
     def fill(batch: Any) -> dict[str, list[int]]:
         held, found = _held(shared), []
         for number in batch["id"].tolist():
-            packed = cache.slice(held, held.plan.training_slice(number))
+            with scrubbed():
+                packed = cache.slice(held, held.plan.training_slice(number))
             counts = packed.counts["records"], packed.counts["bad"]
             found.append((1, len(packed.rows), int(packed.rows.filled.sum()), *counts))
         return {name: [sum(column)] for name, column in zip(FILLED, zip(*found, strict=True), strict=True)}

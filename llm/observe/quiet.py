@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.errors import StorageError
+from llm.redact import clean_records
 from llm.storage import is_s3, local_path
 
 # Loggers that get, or are known to set up, console handlers of their own. Children propagate to them.
@@ -94,6 +95,8 @@ class Quiet:
         self._root_handlers = [handler for handler in root.handlers if _writes_to_console(handler)]
         for handler in self._root_handlers:
             root.removeHandler(handler)
+        self._records = clean_records()
+        self._records.__enter__()
         self._handlers = (to_file, to_user)
         for handler in self._handlers:
             root.addHandler(handler)
@@ -105,6 +108,7 @@ class Quiet:
             return
         if self._stdout is not None:
             self._stdout.close()
+        self._records.__exit__(None, None, None)
         root = logging.getLogger()
         for handler in self._handlers:
             root.removeHandler(handler)

@@ -21,9 +21,9 @@ from llm.config import LogSection
 from llm.errors import ConfigError, StorageError
 from llm.metrics import METRICS, Row
 from llm.observe.tfrecord import tf_record
+from llm.redact import without_secrets
 
 _SECRET_NAME = re.compile(r"(^|[_.])(api_?key|access_key|access_key_id|secret|secret_key|password|auth_token|token)$", re.I)
-_URL_PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 class RowSink(Protocol):
@@ -241,14 +241,6 @@ def flat_params(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[name] = without_secrets(value if isinstance(value, str) else json.dumps(value, default=str))
     return flat
-
-
-def without_secrets(text: str) -> str:
-    """`text` with passwords in URLs and the values of the trackers' secret variables replaced by "***"."""
-    for name in ("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"):
-        if value := os.environ.get(name):
-            text = text.replace(value, "***")
-    return _URL_PASSWORD.sub("***@", text)
 
 
 def _import(module: str, key: str, extra: str) -> Any:

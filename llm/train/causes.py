@@ -19,6 +19,7 @@ from llm.errors import (
     PlannedStop,
     StorageError,
 )
+from llm.redact import without_secrets
 
 BUDGET_WINDOW_S = 24 * 3600.0
 LONGEST_WAIT_S = 60.0
@@ -70,7 +71,7 @@ def failure_of(failures: Mapping[int, BaseException]) -> Failure:
 
 def _cause_of(error: BaseException) -> tuple[Cause, str]:
     error = _innermost(error)
-    name, text = type(error).__name__, str(error)
+    name, text = type(error).__name__, without_secrets(str(error))
     line = next((line.strip() for line in text.splitlines() if line.strip()), name)[:300]
     if isinstance(error, HeadraceError):
         return _cause_of_ours(error), line

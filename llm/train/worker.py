@@ -26,6 +26,7 @@ from llm.errors import HangError, TrainingError
 from llm.job import Job
 from llm.observe.quiet import quiet_worker
 from llm.parallel.mesh import Mesh
+from llm.redact import scrubbed
 from llm.state import TrainState
 from llm.storage import is_s3, join, local_path
 from llm.train import life
@@ -43,7 +44,11 @@ def start_file(job: Job) -> StartFile:
 
 def work(config: dict[str, Any]) -> None:
     """The function that Ray Train runs on every worker. `config`: {"job": Job}."""
-    job: Job = config["job"]
+    with scrubbed():
+        _work(config["job"])
+
+
+def _work(job: Job) -> None:
     incident = life.incident()
     if incident is None:
         phases = {"from the command to the worker": time.time() - job.started_at_s}

@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import secrets
-import signal
-import socket
 import subprocess
-import sys
-import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -23,11 +15,11 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.infra.ray_up_head import FILES, shipped_head
 from tests.infra.ray_up_policies import start_options
 from tests.infra.test_ray_up_policies import RAY_UP, load
 
 REGION = "us-east-1"
-FILES = sorted(path.stem for path in RAY_UP.glob("*.yaml"))
 
 
 def prepared(config: dict[str, Any]) -> dict[str, Any]:
@@ -66,27 +58,6 @@ def test_ray_start_knows_every_option(file: str, where: str) -> None:
     assert context.params["head"] == (where == "head") and not context.args
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _answer_of(port: int, token: str, head: subprocess.Popen[bytes], log: Path) -> int:
-    """The status of the dashboard's answer to one with this token, once there is a dashboard."""
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/api/version", headers={"authorization": f"Bearer {token}"} if token else {})
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            with urllib.request.urlopen(request, timeout=5) as answer:
-                return answer.status
-        except urllib.error.HTTPError as error:
-            return error.code
-        except OSError:
-            assert head.poll() is None and time.monotonic() < deadline, log.read_text(errors="replace")[-2000:]
-            time.sleep(0.5)
-
-
 def _listening_on(port: int, folder: str) -> set[str]:
     """The addresses on which a process with `folder` on its command line listens."""
     found: set[str] = set()
@@ -101,33 +72,9 @@ def _listening_on(port: int, folder: str) -> set[str]:
 @pytest.mark.faults
 @pytest.mark.timeout(300)
 def test_the_heads_command_starts_a_ray_that_asks_for_the_token_and_shows_its_dashboard_to_the_head_alone() -> None:
-    """The command as shipped, but for the image's PATH, ports of this machine, and Ray's list of nodes to start."""
-    shipped = load("aws")
-    assert all(load(file)["head_start_ray_commands"] == shipped["head_start_ray_commands"] for file in FILES)
-    (command,) = [command for command in shipped["head_start_ray_commands"] if "ray start" in command]
-    ports = {name: _free_port() for name in ("port", "object-manager-port", "metrics-export-port", "dashboard-port")}
-    for name, port in ports.items():
-        command, changed = re.subn(rf"--{name}=\d+", f"--{name}={port}", command)
-        assert changed == 1
-    command, _, rest = command.replace("/opt/headrace/bin", str(Path(sys.executable).parent)).partition("--autoscaling-config=")
-    assert rest == "~/ray_bootstrap_config.yaml"
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:  # short: sockets are in it
-        token, log = Path(folder) / "token", Path(folder) / "log"
-        token.write_text(secrets.token_hex(32))
-        options = [option.removeprefix("--env=").partition("=") for option in shipped["docker"]["run_options"] if "--env=" in option]
-        environment = {**os.environ, **{name: value for name, _, value in options}, "RAY_AUTH_TOKEN_PATH": str(token)}
-        with log.open("wb") as output:
-            words = ["bash", "-c", f"{command} --temp-dir={folder}/ray --block"]
-            head = subprocess.Popen(words, env=environment, stdout=output, stderr=output, start_new_session=True)
-        try:
-            answers = [_answer_of(ports["dashboard-port"], given, head, log) for given in ("", "0" * 64, token.read_text())]
-            listening = _listening_on(ports["dashboard-port"], folder)
-        finally:
-            os.killpg(head.pid, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                head.wait(40)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(head.pid, signal.SIGKILL)
+    with shipped_head() as head:
+        answers = [head.status(token) for token in ("", "0" * 64, head.token)]
+        listening = _listening_on(head.ports["dashboard-port"], head.folder)
     assert answers == [401, 403, 200] and listening == {"127.0.0.1"}
 
 

@@ -1,112 +1,116 @@
-"""`ray job submit` of the working tree to a cluster with token auth, whose Python has the dependencies but not Headrace."""
+"""`headrace submit` and `headrace jobs` against a head with token auth, whose Python has the dependencies but not Headrace."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
 import shlex
-import signal
-import socket
+import shutil
 import subprocess
 import sys
 import sysconfig
-import time
-import urllib.request
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
+from tests.small_run import write_small_run
+from tests.token_head import Head, token_head
+
 ROOT = Path(__file__).parents[2]
-RAY = ("-m", "ray.scripts.scripts")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.fixture
-def bare_python(tmp_path: Path) -> Path:
+def bare_python(folder: Path) -> Path:
     """An interpreter that sees the installed packages, but runs no .pth file of theirs: an editable Headrace is not there for it."""
-    folder = tmp_path / "python"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     site = next(folder.glob("lib/python*/site-packages"))
     (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     python = folder / "bin" / "python"
-    found = subprocess.run([str(python), "-c", "import ray, torch, llm"], cwd="/", capture_output=True, text=True, check=False)
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    found = subprocess.run([str(python), "-c", "import ray, torch, llm"], cwd="/", env=bare, capture_output=True, text=True, check=False)
     assert "No module named 'llm'" in found.stderr
     return python
 
 
-@pytest.fixture
-def cluster(bare_python: Path) -> Iterator[dict[str, str]]:
-    port, dashboard = free_port(), free_port()
-    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    environment["PATH"] = f"{bare_python.parent}:{environment['PATH']}"
-    environment.pop("PYTHONPATH", None)
-    head = subprocess.Popen(
-        [
-            str(bare_python),
-            *RAY,
-            "start",
-            "--head",
-            "--block",
-            f"--port={port}",
-            "--num-cpus=4",
-            "--node-ip-address=127.0.0.1",
-            f"--dashboard-port={dashboard}",
-            "--dashboard-host=127.0.0.1",
-            "--object-store-memory=200000000",
-        ],
-        cwd="/",
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    environment["RAY_API"] = f"http://127.0.0.1:{dashboard}"
-    try:
-        yield environment
-    finally:
-        os.killpg(head.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            head.wait(20)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(head.pid, signal.SIGKILL)
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    python = bare_python(tmp_path_factory.mktemp("bare") / "python")
+    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder, token_head(Path(folder), python) as head:
+        yield head
 
 
-def submit(cluster: dict[str, str], recipe: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """README's line, with another recipe."""
-    line = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("ray job submit"))
-    words = shlex.split(line.replace("jobs/recipes/tiny_cpu.yaml", str(recipe)))
-    command = [sys.executable, *RAY, *words[1:3], "--address", cluster["RAY_API"], *words[3:]]
-    command += ["--set", f"run.storage={recipe.parent}/runs"]  # the job's own folder is Ray's copy of the working tree
-    for override in overrides:
-        command += ["--set", override]
-    return subprocess.run(command, cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=400, check=False)
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory as a user has it: the code, and a configuration beside it."""
+    folder = tmp_path_factory.mktemp("tree")
+    for package in ("cluster", "llm", "jobs"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / ".gitignore", folder)
+    write_small_run(folder)
+    return folder
 
 
-def wait_for(cluster: dict[str, str]) -> None:
-    request = urllib.request.Request(cluster["RAY_API"] + "/api/version", headers={"authorization": f"Bearer {cluster['RAY_AUTH_TOKEN']}"})
-    deadline = time.monotonic() + 90
-    while True:
-        try:
-            return urllib.request.urlopen(request, timeout=5).close()
-        except OSError:
-            assert time.monotonic() < deadline, "the cluster did not come up"
-            time.sleep(1)
+def headrace(command: str, tree: Path, environment: dict[str, str], wait_s: float = 300) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", *shlex.split(command)]
+    env = {**environment, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(words, cwd=tree, env=env, capture_output=True, text=True, timeout=wait_s, check=False)
 
 
-def test_a_submitted_run_trains_and_its_exit_code_comes_back(cluster, recipe):
-    wait_for(cluster)
-    done = submit(cluster, recipe)
+def submit(head: Head, tree: Path, *more: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """README's line, with another recipe. What Ray would ask instead of the address that was named is nobody's."""
+    line = next(line for line in (ROOT / "README.md").read_text().splitlines() if "jobs.submit" in line)
+    words = shlex.split(line)[2:]
+    words[words.index("--address") + 1], words[words.index("--config") + 1] = head.address, "run.yaml"
+    words[words.index("--set") + 1] = f"run.storage={tree}/runs"
+    elsewhere = {"RAY_ADDRESS": "127.0.0.1:1", "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1"}
+    return headrace(shlex.join([*words, *more]), tree, {**head.environment, **elsewhere, **environment})
+
+
+def test_a_submitted_run_trains_and_its_log_and_exit_code_come_back(head: Head, tree: Path) -> None:
+    done = submit(head, tree)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert (recipe.parent / "runs" / "small" / "export" / "model.safetensors").exists()
-    failed = submit(cluster, recipe, "run.name=other", "train.batch_rows=7", "parallel.workers=2")
-    assert failed.returncode != 0
-    assert "train.batch_rows=7" in failed.stdout + failed.stderr
-    stranger = submit({**cluster, "RAY_AUTH_TOKEN": "0" * 64}, recipe)
-    assert stranger.returncode != 0
+    assert done.stdout.count("eval at step 6") == done.stdout.count("status            finished") == 1
+    assert (tree / "runs" / "small" / "export" / "model.safetensors").exists()
+    failed = submit(head, tree, "--set", "run.name=other", "--set", "model.preset=no_such")
+    assert failed.returncode == 2
+    assert "other: failed with exit code 2" in failed.stderr and "model.preset='no_such' is unknown" in failed.stdout
+    listed = headrace(f"jobs.jobs list --address {head.address}", tree, dict(head.environment))
+    assert [line.split()[:3] for line in listed.stdout.splitlines()[1:]] == [["small", "succeeded", "0"], ["other", "failed", "2"]], (
+        listed.stdout
+    )
+
+
+def test_strangers_are_refused_and_nothing_is_sent(head: Head, tree: Path) -> None:
+    wrong = submit(head, tree, "--id", "stranger", RAY_AUTH_TOKEN="0" * 64)
+    assert (wrong.returncode, "refuses this client's token" in wrong.stderr) == (3, True), wrong.stderr
+    without = submit(head, tree, "--id", "stranger", RAY_AUTH_TOKEN="")
+    assert (without.returncode, "wants a token, and there is none here" in without.stderr) == (3, True), without.stderr
+    found = headrace(f"jobs.jobs status stranger --address {head.address}", tree, dict(head.environment))
+    assert (found.returncode, "stranger does not exist" in found.stderr) == (3, True), found.stderr
+
+
+def test_a_job_that_is_stopped_while_it_starts_leaves_nothing_and_goes_on_when_it_is_submitted_again(head: Head, tree: Path) -> None:
+    long = ["--set", "run.name=long", "--set", "train.steps=100000", "--no-wait"]
+    assert submit(head, tree, *long).returncode == 0
+    again = submit(head, tree, *long)
+    assert again.returncode == 0 and "long: the same command and files run already" in again.stdout, again.stdout + again.stderr
+    changed = submit(head, tree, *long, "--set", "train.lr=1e-3")
+    assert (changed.returncode, "with another command or other files. Stop it first" in changed.stderr) == (3, True), changed.stdout
+    stopped = headrace(f"jobs.jobs stop long --address {head.address}", tree, dict(head.environment))
+    assert (stopped.returncode, stopped.stdout) == (0, "long: has ended (stopped)\n"), stopped.stderr
+    assert training_of(tree) == []
+    following = submit(head, tree, "--set", "run.name=long")
+    assert following.returncode == 0 and following.stdout.startswith("long-2: submitted"), following.stdout[-2000:] + following.stderr
+
+
+def training_of(tree: Path) -> list[int]:
+    """The processes of jobs of this test: their command names its storage."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if f"run.storage={tree}/runs" in process.cmdline():
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found

@@ -26,6 +26,7 @@ TORCH_FREE = [
     "llm.data.order",
     "llm.data.pack",
     "llm.parallel.mesh",
+    "llm.redact",
     "llm.checkpoint.layout",
     "llm.checkpoint.index",
     "llm.checkpoint.manifest",

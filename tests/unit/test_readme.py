@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs import doctor, sweep, tune_batch
+from cluster.package import inside
+from jobs import doctor, jobs, submit, sweep, tune_batch
 from jobs.pretrain import main as pretrain
 from jobs.train_tokenizer import main as train_tokenizer
 from llm.errors import ConfigError
@@ -23,7 +24,7 @@ def test_there_are_commands_to_check():
     assert len(COMMANDS) >= 4
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "jobs.pretrain" in c and "--config" in c])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "-m jobs.pretrain" in c and "--config" in c])
 def test_pretrain_commands_load(command, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     argv = [word for word in shlex.split(command)[3:] if word != "--print-config"]
@@ -70,6 +71,25 @@ def test_the_doctor_command_loads_its_run(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "diagnose", lambda config, *options: seen.append(config) or [])
     assert doctor.main(shlex.split(command)[3:]) == 0, capsys.readouterr().err
     assert seen[0].run.name == "tiny_cpu" and capsys.readouterr().out == "0 red, 0 yellow, 0 green\n"
+
+
+def test_the_submit_command_is_one_that_would_be_sent(monkeypatch):
+    command = next(c for c in COMMANDS if "jobs.submit" in c)
+    seen = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(submit, "send", lambda options: seen.append(options) or 0)
+    assert submit.main(shlex.split(command)[3:]) == 0
+    name, files = submit.described(seen[0].job, seen[0].config, seen[0].set)
+    assert name == "tiny_cpu" and all(inside(Path(), file) for file in files)
+
+
+def test_the_jobs_commands_are_known(monkeypatch):
+    commands = [c for c in COMMANDS if "jobs.jobs" in c]
+    seen = []
+    monkeypatch.setattr(jobs, "act", lambda options: seen.append(options) or 0)
+    assert commands and [jobs.main(shlex.split(command)[3:]) for command in commands] == [0] * len(commands)
+    assert all(options.id == "tiny_cpu" for options in seen)
+    assert all(f"`{name}" in README or f"jobs\n  {name}" in README for name in jobs.ABOUT)
 
 
 def test_every_file_that_is_named_exists():

@@ -11,8 +11,9 @@ import pytest
 from llm.config import LogSection
 from llm.errors import ConfigError
 from llm.metrics import eval_row, event_row, step_row
-from llm.observe.sinks import Sinks, TensorBoardSink, flat_params, open_sinks, scalars, without_secrets
+from llm.observe.sinks import Sinks, TensorBoardSink, flat_params, open_sinks, scalars
 from llm.observe.tfrecord import crc32c
+from llm.redact import without_secrets
 
 
 def a_step(step: int, loss: float = 2.0) -> dict:

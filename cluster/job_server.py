@@ -1,0 +1,232 @@
+"""The head's job server over HTTP: what Ray's own client does, but an address that was named is the one that is asked (Ray's gives way to
+RAY_API_SERVER_ADDRESS and RAY_ADDRESS), nothing waits for ever, and what goes wrong is told by its cause."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import requests
+from requests.auth import AuthBase
+
+from cluster.errors import ClusterError, HeadLostError
+
+ADDRESS = "RAY_API_SERVER_ADDRESS"
+CONNECT_S = 10.0
+ANSWER_S = 60.0  # an upload of 64 MiB that the head keeps takes seconds
+SILENCE_S = 30.0  # after which a log's connection is asked whether it lives
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+@dataclass(frozen=True)
+class JobState:
+    """A submitted job as the server tells it. `status`: PENDING, RUNNING or one of ENDED."""
+
+    job_id: str
+    status: str
+    entrypoint: str
+    metadata: Mapping[str, str]
+    package: str
+    message: str
+    began_at_s: float | None
+    ended_at_s: float | None
+    driver_exit_code: int | None
+
+    @property
+    def ended(self) -> bool:
+        return self.status in ENDED
+
+    @property
+    def exit_code(self) -> int:
+        """The job's own, as a shell would tell it; 0 or 1 by the status where the server knows none."""
+        if self.driver_exit_code is None:
+            return 0 if self.status == "SUCCEEDED" else 1
+        return self.driver_exit_code if self.driver_exit_code >= 0 else 128 - self.driver_exit_code
+
+
+class JobServer:
+    """`address`: http(s)://HOST:PORT, or HOST:PORT; None: RAY_API_SERVER_ADDRESS. Raises ClusterError where it is no such address, where
+    nobody or something else answers, where the token is refused, and where the head runs another Ray than this client."""
+
+    def __init__(self, address: str | None) -> None:
+        self.address = _http_address(address)
+        self._session = requests.Session()
+        self._session.auth = _Bearer(read_token())
+        self._require_same_ray()
+
+    def jobs(self) -> list[JobState]:
+        """All submitted jobs, the oldest first."""
+        told = [_state(job) for job in self._ask("GET", "/api/jobs/").json() if job.get("submission_id")]
+        return sorted(told, key=lambda job: job.began_at_s or 0.0)
+
+    def job(self, job_id: str) -> JobState:
+        return _state(self._ask("GET", f"/api/jobs/{quote(job_id, safe='')}").json())
+
+    def log(self, job_id: str) -> str:
+        return self._ask("GET", f"/api/jobs/{quote(job_id, safe='')}/logs").json()["logs"] or ""
+
+    async def tail(self, job_id: str) -> AsyncIterator[str]:
+        """The log from its start, in pieces, until the job has ended or the connection breaks: the caller asks which."""
+        import aiohttp
+
+        url = f"{self.address}/api/jobs/{quote(job_id, safe='')}/logs/tail"
+        try:
+            async with aiohttp.ClientSession(headers=_bearer(read_token())) as session:
+                async with session.ws_connect(url, heartbeat=SILENCE_S) as stream:
+                    async for message in stream:
+                        if message.type is not aiohttp.WSMsgType.TEXT:
+                            return
+                        yield message.data
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return
+
+    def has_package(self, uri: str) -> bool:
+        """Whether the head has it; then it keeps it for some minutes more."""
+        return self._ask("GET", _package_path(uri), missing=True).status_code == 200
+
+    def upload(self, uri: str, archive: bytes) -> None:
+        self._ask("PUT", _package_path(uri), data=archive)
+
+    def submit(self, job_id: str, entrypoint: str, runtime_env: Mapping[str, Any], told: Mapping[str, str]) -> None:
+        """Starts a job. All of it can be read through the server by everybody who has the token."""
+        body = {"submission_id": job_id, "entrypoint": entrypoint, "runtime_env": dict(runtime_env), "metadata": dict(told)}
+        self._ask("POST", "/api/jobs/", json=body)
+
+    def stop(self, job_id: str) -> None:
+        """Asks the job to end; returns at once."""
+        self._ask("POST", f"/api/jobs/{quote(job_id, safe='')}/stop")
+
+    def _require_same_ray(self) -> None:
+        answer = self._ask("GET", "/api/version")
+        try:
+            there = str(answer.json()["ray_version"])
+        except (ValueError, LookupError, TypeError):
+            raise ClusterError(f"{self.address} answers, but not as Ray's job server. {_PORT_HINT}") from None
+        here = metadata.version("ray")
+        if there != here:
+            raise ClusterError(
+                f"the head at {self.address} runs Ray {there}, and this client has Ray {here}. Install ray=={there} here (an environment "
+                "made with the cluster's constraints.txt), or start the cluster with an image of this version."
+            )
+
+    def _ask(self, method: str, path: str, missing: bool = False, **content: Any) -> requests.Response:
+        """The answer, of status 200, or 404 with `missing`."""
+        try:
+            answer = self._session.request(method, self.address + path, timeout=(CONNECT_S, ANSWER_S), allow_redirects=False, **content)
+        except requests.exceptions.SSLError:
+            raise ClusterError(
+                f"{self.address} has no TLS certificate that this client trusts. Set REQUESTS_CA_BUNDLE to its CA's."
+            ) from None
+        except (requests.exceptions.ConnectTimeout, requests.exceptions.ConnectionError) as error:
+            raise HeadLostError(f"nobody answers at {self.address} ({_reason(error)}). {_PORT_HINT}") from None
+        except requests.exceptions.RequestException as error:
+            raise HeadLostError(f"{self.address} did not answer {method} {path}: {type(error).__name__}. {_PORT_HINT}") from None
+        if answer.status_code in (401, 403):
+            raise ClusterError(_refused(self.address, answer.status_code))
+        if answer.status_code == 200 or (missing and answer.status_code == 404):
+            return answer
+        lines = [line.strip() for line in answer.text.splitlines() if line.strip()] or ["without a word"]
+        if answer.status_code == 404:
+            raise ClusterError(f"{self.address}: {lines[0][:300]}. `headrace jobs list` tells which there are.")
+        # The server's answer to a failure is a traceback, whose last line is the error.
+        raise ClusterError(f"{self.address} refused {method} {path} with status {answer.status_code}: {lines[-1][:300]}")
+
+
+_PORT_HINT = (
+    "Give the address of the head's dashboard, whose port is 8265 unless the head was started with another: --address http://HOST:8265 or "
+    f"{ADDRESS}. A head that only its own machine or network can reach needs a tunnel first: kubectl port-forward, or ssh -L."
+)
+
+
+class _Bearer(AuthBase):
+    """As requests' own `auth`, so that no password of a .netrc takes the token's place."""
+
+    def __init__(self, token: str | None) -> None:
+        self._token = token
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers.update(_bearer(self._token))
+        return request
+
+
+def read_token() -> str | None:
+    """The cluster's token, from where Ray looks for it: RAY_AUTH_TOKEN, the file of RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token. None where
+    there is none, or where RAY_AUTH_MODE=disabled. Raises ClusterError where the file that is named cannot be read."""
+    if os.environ.get("RAY_AUTH_MODE") == "disabled":
+        return None
+    if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
+        return token
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named).expanduser() if named else Path.home() / ".ray" / "auth_token"
+    try:
+        return path.read_text().strip() or None
+    except (OSError, ValueError) as error:
+        if named:
+            why = getattr(error, "strerror", None) or type(error).__name__
+            raise ClusterError(f"RAY_AUTH_TOKEN_PATH={named} cannot be read ({why}). Name the file that holds the token.") from None
+        return None
+
+
+def _bearer(token: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def _refused(address: str, status: int) -> str:
+    fix = "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH, a file) to the cluster's token."
+    if status == 403:
+        return f"the cluster at {address} refuses this client's token. {fix}"
+    why = (
+        "RAY_AUTH_MODE=disabled keeps this client from sending one"
+        if os.environ.get("RAY_AUTH_MODE") == "disabled"
+        else "there is none here"
+    )
+    return f"the cluster at {address} wants a token, and {why}. {fix}"
+
+
+def _http_address(address: str | None) -> str:
+    named = address or os.environ.get(ADDRESS)
+    if not named:
+        raise ClusterError(f"no address of a cluster is given. {_PORT_HINT}")
+    full = named if "://" in named else f"http://{named}"
+    parts = urlsplit(full)
+    if "@" in parts.netloc:
+        raise ClusterError("the address holds a user name or password. Leave them out: the token comes from RAY_AUTH_TOKEN.")
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/") or parts.query:
+        raise ClusterError(f"{named} is no address of a job server. {_PORT_HINT}")
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def _package_path(uri: str) -> str:
+    protocol, _, name = uri.partition("://")
+    return f"/api/packages/{protocol}/{name}"
+
+
+def _reason(error: Exception) -> str:
+    """What the system said, out of the layers that requests and urllib3 put around it."""
+    text = str(error)
+    if found := re.search(r"\[Errno -?\d+\] ([^'\")\]]+)", text):
+        return found[1]
+    return "no answer in time" if "timed out" in text else type(error).__name__
+
+
+def _state(job: Mapping[str, Any]) -> JobState:
+    def seconds(name: str) -> float | None:
+        return job[name] / 1000 if job.get(name) else None
+
+    return JobState(
+        job_id=job.get("submission_id") or job.get("job_id") or "",
+        status=str(job["status"]),
+        entrypoint=job.get("entrypoint") or "",
+        metadata=job.get("metadata") or {},
+        package=(job.get("runtime_env") or {}).get("working_dir") or "",
+        message=job.get("message") or "",
+        began_at_s=seconds("start_time"),
+        ended_at_s=seconds("end_time"),
+        driver_exit_code=job.get("driver_exit_code"),
+    )

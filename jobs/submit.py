@@ -1,0 +1,117 @@
+"""`headrace submit JOB --address http://HOST:8265 --config FILE`: a job on a cluster, as if it ran here."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cluster.errors import SubmitError
+from cluster.job_server import JobServer
+from cluster.package import inside, pack
+from cluster.submit import follow, submit
+from jobs.exit_code import exit_code_of
+from llm.config_file import load_run
+from llm.redact import without_secrets
+from llm.search.sweep_config import load_sweep
+
+JOBS = {
+    "pretrain": ("jobs.pretrain", ()),
+    "sweep": ("jobs.sweep", ()),
+    "tune-batch": ("jobs.tune_batch", ()),
+    "prepare": ("jobs.prepare", ("--tokens",)),
+}
+DETACHED = 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The job's exit code; 0 with --no-wait; 130 where Ctrl-C left it alone; 2 where nothing was sent; 3 for trouble with the cluster."""
+    parser = argparse.ArgumentParser(
+        prog="headrace submit", description="Run a job on a cluster and follow it. Ctrl-C stops following, not the job."
+    )
+    parser.add_argument("job", choices=JOBS, metavar="JOB", help=", ".join(JOBS))
+    parser.add_argument("--address", metavar="http://HOST:8265", help="the head's dashboard; default: RAY_API_SERVER_ADDRESS")
+    parser.add_argument("--config", required=True, metavar="FILE", help="the run or sweep, in YAML, inside the working directory")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key: train.lr=1e-3")
+    parser.add_argument(
+        "--working-dir", type=Path, default=Path(), metavar="DIR", help="what goes along, at most 64 MiB; default: this one"
+    )
+    parser.add_argument("--id", metavar="ID", help="of the job; default: the run's or sweep's name")
+    parser.add_argument("--no-wait", action="store_true", help="return when the job is submitted")
+    options = parser.parse_args(argv)
+    return exit_code_of(lambda: send(options), "nothing was submitted")
+
+
+def send(options: argparse.Namespace) -> int:
+    name, files = described(options.job, options.config, options.set)
+    base = options.id or name
+    if not all(letter.isascii() and (letter.isalnum() or letter in "._-") for letter in base):
+        raise SubmitError(f"--id {base!r} may hold letters, digits, '.', '_' and '-' only.")
+    if without_secrets(told := shlex.join(options.set)) != told:
+        raise SubmitError(
+            "a --set holds a credential, or the value of a secret variable of this environment: the job server shows the commands of all "
+            "jobs. Set that variable where the job runs, in the cluster's environment."
+        )
+    package = pack(options.working_dir, files)
+    server = JobServer(options.address)
+    module, more = JOBS[options.job]
+    arguments = [*more, "--config", inside(options.working_dir, Path(options.config)).as_posix()]
+    for change in options.set:
+        arguments += ["--set", change]
+    sent = submit(server, base, module, arguments, package)
+    size = f"{len(package.files)} files, {len(package.archive) / 2**20:.1f} MiB"
+    told = f"submitted to {server.address} ({size})" if sent.is_new else "the same command and files run already as this job"
+    print(f"{sent.job_id}: {told}", flush=True)
+    if options.no_wait:
+        print(how_to(sent.job_id, server.address))
+        return 0
+    return follow_to_the_end(server, sent.job_id)
+
+
+def follow_to_the_end(server: JobServer, job_id: str) -> int:
+    """Shows a job's log until it has ended, then its exit code. Ctrl-C leaves the job alone, and says how to come back."""
+    # The log is read in an event loop, which ends in order at SIGINT where its handler is Python's own.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        state = follow(server, job_id, show)
+    except KeyboardInterrupt:
+        print(f"\n{job_id} goes on without this terminal.\n{how_to(job_id, server.address)}", file=sys.stderr)
+        return DETACHED
+    if state.exit_code:
+        why = (
+            f" with exit code {state.driver_exit_code}" if state.driver_exit_code is not None else f": {state.message or 'no reason given'}"
+        )
+        print(f"{job_id}: {state.status.lower()}{why}", file=sys.stderr)
+    return state.exit_code
+
+
+def described(job: str, config: str, overrides: Sequence[str]) -> tuple[str, list[Path]]:
+    """The id that a job of this configuration gets, and the files that it reads. They are read here as the job will, so that a mistake is
+    told before anything is sent. Raises ConfigError."""
+    if job == "sweep":
+        file = load_sweep(config, list(overrides)).file
+        if Path(file.run).is_absolute():
+            raise SubmitError(
+                f"{config}: run={file.run} is a path of this machine. Name the run relative to the sweep, as in run: run.yaml"
+            )
+        return file.sweep.name, [Path(config), Path(config).parent / file.run]
+    name = load_run(config, overrides).run.name
+    return name if job == "pretrain" else f"{name}-{job}", [Path(config)]
+
+
+def how_to(job_id: str, address: str) -> str:
+    named = f"{job_id} --address {address}"
+    return f"  follow it: headrace jobs logs --follow {named}\n  stop it:   headrace jobs stop {named}"
+
+
+def show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

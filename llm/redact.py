@@ -1,0 +1,150 @@
+"""What must not be told: credentials in URIs, and the values of environment variables that hold secrets. The one place that knows both.
+
+A configuration with credentials in it is refused (`credential_in`): it is recorded, read back and shown by the job server. What libraries
+say, in errors and log records, is cleaned where it is written (`without_secrets`).
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import quote, quote_plus, unquote, urlsplit
+
+HIDDEN = "***"
+SHORTEST = 8  # a shorter value is a word, and would be blanked all over
+_WORDS = "TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|KEY|KEY_ID|APIKEY|SAS|CONNECTION_STRING|COOKIE|SIGNATURE"
+SECRET_VARIABLE = re.compile(rf"(?:^|_)(?:{_WORDS})(?:_\d+)?$", re.I)
+# Of a URI's query: AWS's and Google's signed URLs, Azure's SAS (sig), and what others call it.
+SECRET_PARAMETER = re.compile(
+    r"(?:token|secret|password|passwd|passphrase|credentials?|signature|(?:access|secret|api|private)[-_]?key(?:[-_]?id)?"
+    r"|(?:^|[-_.])(?:pwd|pass|sig|key|auth|code))$",
+    re.I,
+)
+# A password may hold @ and /: where there is one (a colon, and no port behind it), up to the last @ of the word; else up to the last before
+# the path. One that begins with digits and a slash cannot be told from a port and a path.
+_USER_AND_PASSWORD = re.compile(r"(?<=://)(?:[^/\s@:'\"]*:(?!\d{0,5}(?:[/?#\s'\"]|$))[^\s'\"]*@|[^/\s?#'\"]*@)")
+_PARAMETER = re.compile(r"(?<=[?&;])([\w.%-]+)=([^&;#\s'\"<>]*)")
+_AUTHORIZATION = re.compile(
+    r"(?i)(\b(?:x-ray-)?authorization\b['\"]?\s*[:=]\s*['\"]?(?:(?:bearer|basic|digest|token)\s+)?+)((?!\*\*\*)[^\s'\",;]+)"
+)
+
+
+def without_secrets(text: str, environment: Mapping[str, str] | None = None) -> str:
+    """`text` with *** in place of every secret: the values of secret variables of `environment` (this process's), also as they look inside
+    a URL, JSON, HTML or a Python literal; user and password of a URI; secret parameters of its query; authorization headers."""
+    for value in _values(os.environ if environment is None else environment):
+        text = text.replace(value, HIDDEN)
+    text = _USER_AND_PASSWORD.sub(f"{HIDDEN}@", text)
+    text = _PARAMETER.sub(_hidden_parameter, text)
+    return _AUTHORIZATION.sub(rf"\g<1>{HIDDEN}", text)
+
+
+def _hidden_parameter(found: re.Match[str]) -> str:
+    """What is hidden already stays as it is: what follows it may have been put there since."""
+    name, value = found[1], found[2]
+    if value.startswith(HIDDEN) or not SECRET_PARAMETER.search(unquote(name)):
+        return found[0]
+    return f"{name}={HIDDEN}"
+
+
+def cleaned(value: Any) -> Any:
+    """`value`, a text or lists and mappings of texts, without secrets."""
+    if isinstance(value, str):
+        return without_secrets(value)
+    if isinstance(value, Mapping):
+        return {key: cleaned(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(cleaned(each) for each in value)
+    return value
+
+
+def credential_in(uri: str) -> str | None:
+    """What in `uri` is a credential, without telling it: "a user name or password", "the parameter X-Amz-Signature"; None where nothing
+    is, as in every local path."""
+    if "://" not in uri:
+        return None
+    if _USER_AND_PASSWORD.search(uri):
+        return "a user name or password"
+    try:
+        query = urlsplit(uri).query
+    except ValueError:
+        query = uri.partition("?")[2]
+    names = (part.partition("=")[0] for part in re.split("[&;]", query) if "=" in part)
+    found = next((name for name in names if SECRET_PARAMETER.search(unquote(name))), None)
+    return None if found is None else f"the parameter {found}"
+
+
+@contextmanager
+def clean_records() -> Iterator[None]:
+    """Log records that are made inside are without secrets, tracebacks included, whoever has put a handler where: Ray does, too."""
+    before = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(lambda *told, **more: _clean_record(before(*told, **more)))
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(before)
+
+
+def _clean_record(record: logging.LogRecord) -> logging.LogRecord:
+    try:
+        text = record.getMessage()
+    except Exception:  # a text that does not fit its values: the handlers say so
+        return record
+    if (clean := without_secrets(text)) != text:
+        record.msg, record.args = clean, ()
+    if isinstance(record.exc_info, tuple) and record.exc_info[0]:
+        record.exc_text = without_secrets(logging.Formatter().formatException(record.exc_info))
+    return record
+
+
+@contextmanager
+def scrubbed() -> Iterator[None]:
+    """For what Ray runs in processes of its own: Ray writes into its logs, which the dashboard shows, the errors that come out and what
+    libraries log."""
+    try:
+        with clean_records():
+            yield
+    except Exception as error:
+        if (clean := scrub(error)) is error:
+            raise
+        raise clean from None
+
+
+def scrub(error: BaseException) -> BaseException:
+    """`error` to be raised on: the same one, its texts and those of what caused it without secrets; another where that cannot be done."""
+    one: BaseException | None = error
+    seen: set[int] = set()
+    while one is not None and id(one) not in seen:
+        seen.add(id(one))
+        if _tells(one):
+            one.args = cleaned(one.args)
+            for name in ("filename", "filename2", "strerror", *vars(one)):
+                if isinstance(getattr(one, name, None), str):
+                    setattr(one, name, cleaned(getattr(one, name)))
+        if _tells(one):
+            return RuntimeError(f"{type(error).__name__}: {without_secrets(str(error))}")
+        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+    return error
+
+
+def _tells(error: BaseException) -> bool:
+    notes = "\n".join(getattr(error, "__notes__", ()))
+    text = f"{error}\n{error!r}\n{notes}"
+    return without_secrets(text) != text
+
+
+def _values(environment: Mapping[str, str]) -> list[str]:
+    """The secret values and their other looks, the longest first: one may be a part of another."""
+    found: set[str] = set()
+    for name, value in environment.items():
+        value = value.strip()
+        if len(value) >= SHORTEST and SECRET_VARIABLE.search(name):
+            found |= {value, quote(value, safe=""), quote_plus(value), quote(value), html.escape(value)}
+            found |= {repr(value)[1:-1], json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]}
+    return sorted(found, key=len, reverse=True)

@@ -1,0 +1,109 @@
+"""A job server that answers as it is told, in a thread of its own: for what a real one does only when something breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+
+@dataclass
+class Fake:
+    """`cuts`: of the log, after how many characters each connection to it breaks; the last one tells the rest."""
+
+    log: str = ""
+    cuts: Sequence[int] = ()
+    ray_version: str = ""
+    status: int = 200  # of every answer
+    jobs: list[dict[str, Any]] = field(default_factory=list)
+    exit_code: int | None = 0
+    connections: int = 0
+    submitted: list[dict[str, Any]] = field(default_factory=list)
+    packages: list[str] = field(default_factory=list)
+    address: str = ""
+
+    def details(self) -> dict[str, Any]:
+        ended = self.connections > len(self.cuts)
+        status = "RUNNING" if not ended else "SUCCEEDED" if self.exit_code == 0 else "FAILED"
+        return {"submission_id": "a", "status": status, "driver_exit_code": self.exit_code if ended else None}
+
+
+@contextmanager
+def fake_job_server(fake: Fake) -> Iterator[Fake]:
+    loop = asyncio.new_event_loop()
+    runner = web.AppRunner(_app(fake))
+    loop.run_until_complete(runner.setup())
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    loop.run_until_complete(site.start())
+    host, port = runner.addresses[0][:2]
+    fake.address = f"http://{host}:{port}"
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        yield fake
+    finally:
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(30)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def _app(fake: Fake) -> web.Application:
+    async def tail(request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        number, fake.connections = fake.connections, fake.connections + 1
+        text = fake.log if number >= len(fake.cuts) else fake.log[: fake.cuts[number]]
+        for at in range(0, len(text), 7):
+            await socket.send_str(text[at : at + 7])
+        if number < len(fake.cuts) and request.transport is not None:
+            request.transport.abort()
+        return socket
+
+    async def submit(request: web.Request) -> web.Response:
+        fake.submitted.append(await request.json())
+        return web.json_response({"submission_id": fake.submitted[-1]["submission_id"]})
+
+    async def upload(request: web.Request) -> web.Response:
+        fake.packages.append(request.match_info["name"])
+        await request.read()
+        return web.Response()
+
+    async def has(request: web.Request) -> web.Response:
+        return web.Response(status=200 if request.match_info["name"] in fake.packages else 404)
+
+    @web.middleware
+    async def refuse(request: web.Request, handler: Any) -> web.StreamResponse:
+        return await handler(request) if fake.status == 200 else web.Response(status=fake.status, text="no")
+
+    async def version(request: web.Request) -> web.Response:
+        return web.json_response({"ray_version": fake.ray_version})
+
+    async def jobs(request: web.Request) -> web.Response:
+        return web.json_response(fake.jobs)
+
+    async def job(request: web.Request) -> web.Response:
+        return web.json_response(fake.details())
+
+    async def log(request: web.Request) -> web.Response:
+        return web.json_response({"logs": fake.log})
+
+    app = web.Application(middlewares=[refuse], client_max_size=100 << 20)
+    app.add_routes(
+        [
+            web.get("/api/version", version),
+            web.get("/api/jobs/", jobs),
+            web.get("/api/jobs/a", job),
+            web.get("/api/jobs/a/logs", log),
+            web.get("/api/jobs/a/logs/tail", tail),
+            web.post("/api/jobs/", submit),
+            web.get("/api/packages/gcs/{name}", has),
+            web.put("/api/packages/gcs/{name}", upload),
+        ]
+    )
+    return app

@@ -1,0 +1,190 @@
+"""No secret gets through: not out of the environment, a URI, a header or an error, however a library writes it."""
+
+from __future__ import annotations
+
+import html
+import json
+import logging
+import pickle
+import string
+import traceback
+from pathlib import Path
+from urllib.parse import quote, urlencode
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs.exit_code import exit_code_of
+from llm.config_file import dump_run, load_run, parse_run
+from llm.errors import ConfigError, StorageError
+from llm.metrics import event_row
+from llm.observe.quiet import redirect_noise
+from llm.redact import SECRET_VARIABLE, credential_in, scrub, without_secrets
+from llm.train.causes import failure_of
+from tests.small_run import RECIPE
+
+CANARY = "canary-7f/3a+9c=secret"
+secrets = st.text(string.ascii_letters + string.digits + "/+=_-.!$'\"\\<&>{}[]()*^~`|,;:%@#? äß\n\t", min_size=8, max_size=40).filter(
+    lambda value: len(value.strip()) >= 8 and "*" not in value
+)
+words = st.text(string.ascii_lowercase, min_size=1, max_size=12)
+NAMES = (
+    *("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "RAY_AUTH_TOKEN", "WANDB_API_KEY", "HF_TOKEN"),
+    *("HUGGING_FACE_HUB_TOKEN", "MLFLOW_TRACKING_PASSWORD", "AZURE_STORAGE_CONNECTION_STRING", "GITHUB_TOKEN", "REDIS_PASSWORD"),
+    *("AZURE_STORAGE_KEY", "AZURE_STORAGE_SAS_TOKEN", "OPENAI_API_KEY", "DB_PASSWD", "SOME_CREDENTIALS", "TOKEN", "TOKEN_2"),
+)
+
+
+def test_which_variables_are_secret() -> None:
+    assert [name for name in NAMES if not SECRET_VARIABLE.search(name)] == []
+    open_ones = ("RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "TOKENIZERS_PARALLELISM", "PATH", "HOME", "MONKEY", "AWS_REGION", "KEY_NAME")
+    assert [name for name in open_ones if SECRET_VARIABLE.search(name)] == []
+
+
+@given(secrets, st.sampled_from(NAMES), st.text("öü", min_size=1), st.text("öü", min_size=1))
+def test_the_value_of_a_secret_variable_is_never_told(secret: str, name: str, before: str, after: str) -> None:
+    value = secret.strip()
+    looks = [value, quote(value, safe=""), quote(value), html.escape(value), json.dumps(value), json.dumps(value, ensure_ascii=False)]
+    looks += [repr(value), urlencode({"a": value}), f"https://host/{value}"]
+    for look in looks:
+        told = without_secrets(f"{before} {look} {after}", {name: secret, "PATH": before + after})
+        assert told.startswith(f"{before} ") and told.endswith(f" {after}")
+        assert value not in told and look not in told
+
+
+in_a_url = st.text(string.ascii_letters + string.digits + "-._~!$&()+,;=:@", min_size=8, max_size=30)
+
+
+@given(in_a_url, words, st.sampled_from(("http", "https", "s3", "postgresql", "ftp")), st.sampled_from(("", "/a/b?c=d", ":80/@x", "/")))
+def test_user_and_password_of_a_uri_are_never_told(password: str, user: str, scheme: str, rest: str) -> None:
+    for who in (f"{user}:{password}", password, f":{password}"):
+        uri = f"{scheme}://{who}@host{rest}"
+        told = without_secrets(f"cannot read {uri}: refused", {})
+        assert password not in told.replace(rest, "") and told.endswith(": refused") and "***@" in told
+        assert credential_in(uri) == "a user name or password"
+
+
+@pytest.mark.parametrize("password", ["pa/ss", "p@ss/wo@rd", "a?b#c", "a1/2", "8080x/y"])
+def test_passwords_that_break_a_uri_are_hidden_too(password: str) -> None:
+    assert without_secrets(f"at http://user:{password}@host:80/x.", {}) == "at http://***@host:80/x."
+    assert credential_in(f"http://user:{password}@host/x") == "a user name or password"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("X-Amz-Signature", "X-Amz-Credential", "X-Amz-Security-Token", "X-Goog-Signature", "Signature", "AWSAccessKeyId", "sig", "token"),
+        *("access_token", "api_key", "apikey", "key", "password", "client_secret", "auth", "accessKey", "X%2DAmz%2DSignature"),
+    ],
+)
+def test_secret_parameters_are_never_told(name: str) -> None:
+    uri = f"https://bucket.s3.amazonaws.com/a.jsonl?versionId=3&{name}={quote(CANARY, safe='')}&part=1"
+    told = without_secrets(f"403 for '{uri}'", {})
+    assert told == f"403 for 'https://bucket.s3.amazonaws.com/a.jsonl?versionId=3&{name}=***&part=1'"
+    assert credential_in(uri) == f"the parameter {name}"
+
+
+def test_what_is_hidden_stays_as_it_is() -> None:
+    """Ray asks nobody before it writes more behind an error's text."""
+    for more in ("", r"\nFailed again", "/x@y", " and more"):
+        for text in (f"http://***@host/x?sig=***{more}", f"Authorization: Bearer ***{more}"):
+            assert without_secrets(text, {"HF_TOKEN": CANARY}) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("s3://bucket/a/b-?.jsonl", "s3://bucket/x@y/z", "/home/me@work/a?b=1.txt", "http://localhost:8080/x@y", "file:///a@b"),
+        *("https://host/a?versionId=3&max_tokens=5", "train.lr=3e-4 of 5 tokens", "http://h/@x", "runs/a/checkpoints", "key: value"),
+    ],
+)
+def test_what_is_no_secret_stays(text: str) -> None:
+    assert without_secrets(text, {"HF_TOKEN": "short", "HOME": "/home/me@work"}) == text
+    assert credential_in(text) is None
+
+
+def test_authorization_headers_are_hidden() -> None:
+    for header in ("Authorization: Bearer {}", "{{'Authorization': 'Basic {}'}}", '"authorization": "token {}"', "X-Ray-Authorization={}"):
+        assert "abc123" not in without_secrets(header.format("abc123"), {})
+
+
+@pytest.fixture
+def canary(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", CANARY)
+    return CANARY
+
+
+def test_our_errors_hold_none_in_any_form(canary: str) -> None:
+    error = pickle.loads(pickle.dumps(StorageError(f"s3://b: {canary}", 3)))  # noqa: S301 - our own
+    assert str(error.args) == "('s3://b: ***', 3)" and canary not in repr(error)
+    told = failure_of({0: RuntimeError(f"refused: {canary}"), 1: OSError(5, canary)}).told
+    assert canary not in told and "***" in told
+    assert canary not in json.dumps(event_row("restart", elapsed_s=1.0, step=3, reason=canary, phases={"a": 1.0}, more=[canary]))
+
+
+class Stubborn(Exception):
+    def __str__(self) -> str:
+        return f"always {CANARY}"
+
+
+@pytest.mark.parametrize("error", [ValueError(CANARY, 3), OSError(2, "gone", f"/a/{CANARY}"), KeyError(CANARY), Stubborn()])
+def test_errors_of_libraries_are_raised_on_without_secrets(error: Exception, canary: str) -> None:
+    try:
+        try:
+            raise RuntimeError(f"inside: {canary}")
+        except RuntimeError:
+            raise error  # noqa: B904 - its context is to be cleaned too
+    except Exception as caught:
+        found = scrub(caught)
+    told = "".join(traceback.format_exception(found))
+    assert canary not in told and canary not in repr(found) and "***" in told
+    assert type(found) is (RuntimeError if isinstance(error, Stubborn) else type(error))
+
+
+def test_a_job_that_fails_prints_none(canary: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def bug() -> int:
+        raise KeyError(f"a bug near {canary}")
+
+    def refused() -> int:
+        raise ConfigError(f"refused: {canary}")
+
+    assert [exit_code_of(bug, ""), exit_code_of(refused, "")] == [1, 2]
+    told = capsys.readouterr().err
+    assert canary not in told and "a bug near ***" in told and "error: refused: ***" in told
+
+
+def test_log_files_hold_none(canary: str, tmp_path: Path) -> None:
+    with redirect_noise(tmp_path / "driver.log"):
+        try:
+            raise ValueError(f"in a traceback: {canary}")
+        except ValueError:
+            logging.getLogger("botocore").warning("signing with %s", canary, exc_info=True)
+    told = (tmp_path / "driver.log").read_text()
+    assert canary not in told and "signing with ***" in told and "in a traceback: ***" in told
+
+
+@pytest.mark.parametrize(
+    ("key", "uri", "told"),
+    [
+        ("data.sources.0.uri", f"https://me:{CANARY}@host/x.jsonl", "holds a user name or password"),
+        ("data.sources.0.uri", f"s3://bucket/x.jsonl?X-Amz-Signature={CANARY}", "holds the parameter X-Amz-Signature"),
+        ("run.storage", f"s3://{CANARY.replace('/', '')}@bucket/x", "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY where the job runs"),
+        ("s3.endpoint_url", f"http://me:{CANARY}@host", "holds a user name or password"),
+        ("s3.endpoint_url", f"ftp://me:{CANARY}@host", "holds a user name or password"),
+        ("log.mlflow_uri", f"http://me:{CANARY}@host", "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
+        ("model.config", f'{{"url": "http://x/?token={CANARY}"}}', "model.config.url holds the parameter token"),
+    ],
+)
+def test_a_configuration_with_a_credential_is_refused_without_telling_it(key: str, uri: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(RECIPE.format(folder=tmp_path))
+    with pytest.raises(ConfigError) as caught:
+        load_run(str(tmp_path / "run.yaml"), [f"{key}={uri}" if uri.startswith("{") else f"{key}='{uri}'"])
+    assert told in str(caught.value) and CANARY not in str(caught.value)
+    assert CANARY.partition("/")[0] not in str(caught.value)
+
+
+def test_a_configuration_without_one_is_recorded_as_it_is(tmp_path: Path, canary: str) -> None:
+    (tmp_path / "run.yaml").write_text(RECIPE.format(folder=tmp_path))
+    config = load_run(str(tmp_path / "run.yaml"), ["s3.endpoint_url=http://127.0.0.1:8333"])
+    assert parse_run(dump_run(config), "recorded") == config

@@ -1,0 +1,273 @@
+"""What is sent to a cluster, what is refused before, and that a log with broken connections is shown once."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster import package, submit
+from cluster.errors import ClusterError, HeadLostError, SubmitError
+from cluster.job_server import JobServer, JobState, read_token
+from cluster.package import pack
+from jobs import submit as job
+from tests.fake_job_server import Fake, fake_job_server
+
+ROOT = Path(__file__).parents[2]
+RUN = """
+run: {name: small}
+model: {preset: llama_1m}
+data: {seq_len: 32, sources: [{name: made, uri: corpus}]}
+train: {steps: 4, batch_rows: 8, lr: 1.0e-2}
+"""
+TOKEN = "RAY_AUTH_TOKEN"
+
+
+@pytest.fixture(autouse=True)
+def no_other_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS", TOKEN, "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def fake(**told) -> Fake:
+    return Fake(**{"ray_version": metadata.version("ray"), **told})
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(RUN)
+    return tmp_path
+
+
+def write(path: Path, text: str = "x") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_the_same_files_go_along_as_with_ray(tmp_path: Path) -> None:
+    for name in ("a.py", "runs/x", "runs/keep/y", "deep/b.py", "deep/c.log", "deep/er/d.log", ".hidden", "skipped", "data/1.bin"):
+        write(tmp_path / name, name)
+    write(tmp_path / ".gitignore", "runs/\n*.log\n!deep/er/d.log\n")
+    write(tmp_path / ".rayignore", "/data\n")
+    write(tmp_path / "deep" / ".rayignore", "b.py\n")
+    from ray._private.runtime_env.packaging import create_package
+
+    create_package(str(tmp_path), tmp_path.parent / "theirs.zip", include_gitignore=True)
+    theirs = {name for name in zipfile.ZipFile(tmp_path.parent / "theirs.zip").namelist() if not name.endswith("/")}
+    write(tmp_path / ".git" / "config", "url = https://me:secret@host/repo")
+    write(tmp_path / "deep" / "__pycache__" / "a.pyc")
+    ours = pack(tmp_path)
+    assert set(zipfile.ZipFile(BytesIO(ours.archive)).namelist()) == theirs
+    assert "deep/er/d.log" in theirs and "a.py" in theirs and "data/1.bin" not in theirs
+
+
+def test_equal_files_make_equal_packages(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write(tmp_path / name / "a.py")
+    os.utime(tmp_path / "two" / "a.py", (0, 0))
+    assert pack(tmp_path / "one").uri == pack(tmp_path / "two").uri
+    write(tmp_path / "two" / "a.py", "y")
+    assert pack(tmp_path / "one").uri != pack(tmp_path / "two").uri
+
+
+def test_too_much_is_refused_by_its_largest_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(package, "LIMIT_BYTES", 3 << 20)
+    for name, size in (("data/a.bin", 2 << 20), ("data/b.bin", 1 << 20), ("model.bin", 1 << 19), ("small.py", 10)):
+        write(tmp_path / name, "x" * size)
+    with pytest.raises(SubmitError) as caught:
+        pack(tmp_path)
+    told = str(caught.value).splitlines()
+    assert "has 3.5 MiB in 4 files; at most 3.0 MiB" in told[0]
+    assert [line.split()[-1] for line in told[1:4]] == ["data/", "model.bin", "small.py"]
+    assert "data/a.bin is the largest file" in str(caught.value) and ".rayignore" in told[-1]
+    write(tmp_path / ".rayignore", "data\n")
+    assert len(pack(tmp_path).files) == 3
+
+
+def test_links_that_go_round_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "b")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    with pytest.raises(SubmitError, match="is a link to a folder that it is in"):
+        pack(tmp_path)
+
+
+@given(st.text(max_size=40), st.lists(st.lists(st.integers(0, 40), max_size=5), max_size=5))
+def test_a_log_is_shown_once_however_it_comes(log: str, connections: list[list[int]]) -> None:
+    """Each connection tells the log from its start, in pieces, up to where it breaks."""
+    seen: list[str] = []
+    shown = submit._Shown(seen.append)
+    for ends in connections:
+        at = 0
+        for end in sorted(ends):
+            shown.piece(log[at:end], at)
+            at = max(at, min(end, len(log)))
+    shown.whole(log)
+    assert "".join(seen) == log
+
+
+def test_broken_connections_repeat_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "LOOK_S", 0.01)
+    log = "".join(f"line {i}\n" for i in range(40))
+    with fake_job_server(fake(log=log, cuts=[35, 3, 140], exit_code=3)) as there:
+        seen: list[str] = []
+        state = submit.follow(JobServer(there.address), "a", seen.append)
+    assert there.connections == 4 and "".join(seen) == log
+    assert state.exit_code == 3
+
+
+def test_exit_codes_are_those_of_a_shell() -> None:
+    def ended(status: str, code: int | None) -> int:
+        return JobState("a", status, "", {}, "", "", None, None, code).exit_code
+
+    assert [ended("FAILED", 2), ended("FAILED", -9), ended("FAILED", None), ended("STOPPED", None)] == [2, 137, 1, 1]
+    assert ended("SUCCEEDED", 0) == 0
+
+
+def test_who_does_not_answer_is_told_by_its_cause() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(HeadLostError, match=r"nobody answers at .*Connection refused.*8265"):
+        JobServer(f"127.0.0.1:{port}")
+    with fake_job_server(fake(status=401)) as there, pytest.raises(ClusterError, match="wants a token, and there is none here"):
+        JobServer(there.address)
+    with fake_job_server(fake(status=403)) as there, pytest.raises(ClusterError, match="refuses this client's token"):
+        JobServer(there.address)
+    with (
+        fake_job_server(fake(ray_version="2.9.0")) as there,
+        pytest.raises(ClusterError, match=r"runs Ray 2\.9\.0, and this client has Ray"),
+    ):
+        JobServer(there.address)
+    for address in ("ray://head:10001", "http://head:8265/api", "ftp://head", "http://"):
+        with pytest.raises(ClusterError, match="is no address of a job server"):
+            JobServer(address)
+    with pytest.raises(ClusterError, match="holds a user name or password") as caught:
+        JobServer("http://me:canary@head:8265")
+    assert "canary" not in str(caught.value)
+
+
+def test_the_address_that_is_named_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    with fake_job_server(fake()) as there:
+        assert JobServer(there.address).jobs() == []
+        monkeypatch.setenv("RAY_API_SERVER_ADDRESS", there.address)
+        assert JobServer(None).address == there.address
+
+
+def test_the_token_is_where_ray_looks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_token() is None
+    write(tmp_path / ".ray" / "auth_token", "at home\n")
+    assert read_token() == "at home"
+    write(tmp_path / "named", "named\n")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "named"))
+    assert read_token() == "named"
+    monkeypatch.setenv(TOKEN, "given")
+    assert read_token() == "given"
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert read_token() is None
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    monkeypatch.delenv(TOKEN)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "gone"))
+    with pytest.raises(ClusterError, match=r"RAY_AUTH_TOKEN_PATH=.*gone cannot be read"):
+        read_token()
+
+
+def test_a_job_runs_its_module_with_the_configuration_of_the_working_directory(folder: Path, capsys) -> None:
+    write(folder / "sub" / "run.yaml", RUN)
+    with fake_job_server(fake()) as there:
+        words = ["--address", there.address, "--config", "sub/run.yaml", "--set", "train.lr=1e-3", "--no-wait"]
+        assert job.main(["tune-batch", *words, "--working-dir", "."]) == 0, capsys.readouterr().err
+        assert job.main(["prepare", *words, "--working-dir", "sub", "--id", "mine"]) == 0
+    tuned, prepared = there.submitted
+    assert (tuned["submission_id"], prepared["submission_id"]) == ("small-tune-batch", "mine")
+    assert tuned["entrypoint"] == "exec python -m jobs.tune_batch --config sub/run.yaml --set train.lr=1e-3"
+    assert prepared["entrypoint"] == "exec python -m jobs.prepare --tokens --config run.yaml --set train.lr=1e-3"
+    assert [f"gcs://{name}" for name in there.packages] == [each["runtime_env"]["working_dir"] for each in there.submitted]
+    assert "headrace jobs stop mine --address http://" in capsys.readouterr().out
+
+
+SWEEP = """
+sweep: {name: widths}
+run: RUN
+space: {train.lr: {choice: [1.0e-2, 1.0e-3]}}
+budget: {trials: 2}
+"""
+
+
+def test_a_sweep_takes_its_run_along(folder: Path, capsys) -> None:
+    write(folder / "work" / "base.yaml", RUN + "eval: {every_steps: 2, rows: 8}\n")
+    write(folder / "base.yaml", RUN + "eval: {every_steps: 2, rows: 8}\n")
+    with fake_job_server(fake()) as there:
+        words = ["sweep", "--address", there.address, "--config", "work/sweep.yaml", "--working-dir", "work", "--no-wait"]
+        for run, told in (
+            ("../base.yaml", "is not inside the working directory"),
+            (str(folder / "base.yaml"), "is a path of this machine"),
+        ):
+            write(folder / "work" / "sweep.yaml", SWEEP.replace("RUN", run))
+            assert job.main(words) == 2 and told in capsys.readouterr().err
+        assert there.submitted == []
+        write(folder / "work" / "sweep.yaml", SWEEP.replace("RUN", "base.yaml"))
+        assert job.main(words) == 0, capsys.readouterr().err
+    assert there.submitted[0]["submission_id"] == "widths"
+    assert there.submitted[0]["entrypoint"] == "exec python -m jobs.sweep --config sweep.yaml"
+
+
+@pytest.mark.parametrize("change", ["run.storage=s3://b/CANARY", "tokenizer.eos=CANARY", "train.lr=CANARY"])
+def test_a_secret_on_the_command_line_is_refused(change: str, folder: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "canary-0123456789")
+    with fake_job_server(fake()) as there:
+        words = ["pretrain", "--address", there.address, "--config", "run.yaml", "--no-wait"]
+        assert job.main([*words, "--set", change.replace("CANARY", "canary-0123456789")]) == 2
+    assert "canary" not in capsys.readouterr().err and there.submitted == []
+
+
+def test_an_id_is_used_once(folder: Path) -> None:
+    def known(job_id: str, status: str) -> dict:
+        return {"submission_id": job_id, "status": status, "metadata": {submit.BASE: "small"}, "entrypoint": "e"}
+
+    with fake_job_server(fake(jobs=[known("small", "STOPPED"), known("small-2", "FAILED")])) as there:
+        sent = submit.submit(JobServer(there.address), "small", "jobs.pretrain", [], pack(folder))
+        assert (sent.job_id, sent.is_new) == ("small-3", True)
+        there.jobs.append(known("small-3", "PENDING"))
+        with pytest.raises(ClusterError, match="small-3 is pending, with another command"):
+            submit.submit(JobServer(there.address), "small", "jobs.pretrain", [], pack(folder))
+        there.jobs[-1] |= {"entrypoint": there.submitted[0]["entrypoint"], "runtime_env": there.submitted[0]["runtime_env"]}
+        again = submit.submit(JobServer(there.address), "small", "jobs.pretrain", [], pack(folder))
+    assert (again.job_id, again.is_new, len(there.submitted)) == ("small-3", False, 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ("none.yaml", "There is no config file"),
+        ("../run.yaml", "is not inside the working directory"),
+        ("hidden.yaml", "would not be uploaded"),
+        ("wrong.yaml", "train.lr"),
+    ],
+)
+def test_a_configuration_that_the_job_cannot_read_is_refused_before_anything_is_sent(config: str, told: str, folder: Path, capsys) -> None:
+    write(folder / "work" / "hidden.yaml", RUN)
+    write(folder / "work" / ".rayignore", "hidden.yaml\n")
+    write(folder / "work" / "wrong.yaml", RUN.replace("1.0e-2", "-1"))
+    with fake_job_server(fake()) as there:
+        words = ["pretrain", "--address", there.address, "--config", f"work/{config}", "--working-dir", "work"]
+        assert job.main(words) == 2
+    assert told in capsys.readouterr().err
+    assert (there.submitted, there.packages) == ([], [])
+
+
+def test_submitting_needs_no_torch() -> None:
+    code = "import sys, jobs.submit, jobs.jobs; print(sorted({'torch', 'ray', 'transformers', 'deepspeed'} & set(sys.modules)))"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ran.stdout.strip(), ran.stderr) == ("[]", "")
