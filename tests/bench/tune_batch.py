@@ -57,12 +57,12 @@ def main() -> None:
         keep_batch=True,
     )
     found = advice.now.microbatch_rows
-    print(f"tune_batch: recommends {found} rows; {measured.search.largest} fit; {len(probes.tasks)} probes, {took_s:.0f} s")
+    print(f"tune_batch: recommends {found} rows, at most {usable}; {len(probes.tasks)} probes, {took_s:.0f} s")
     print(f"  peaks {_mib(measured.search.peaks)}, failed {measured.search.failed}")
     rates = _scan(job, limit, options.rounds)
     best, legal = max(rates, key=rates.__getitem__), list(rates)
     print(f"scan: largest that fits {legal[-1]}; tokens/s {{{', '.join(f'{rows}: {rate:,.0f}' for rows, rate in rates.items())}}}")
-    print(f"the largest that was found is that or the next smaller: {measured.search.largest in legal[-2:]}")
+    print(f"the most that it would use is that or the next smaller: {usable in legal[-2:]}")
     print(f"the recommended size's tokens/s are {rates[found] / rates[best]:.3f} of the best's")
 
 
