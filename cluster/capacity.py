@@ -1,0 +1,169 @@
+"""Waits until the cluster has room for a plan, and has the autoscaler start the nodes for it.
+
+What is asked for is one pending placement group of the plan's own bundles: so the autoscaler starts the nodes that Ray will use, and no
+more, and Ray takes them all at once or none. Withdrawing it is removing it, which also happens when the driver dies.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.autoscaler import Autoscaler, read_autoscaler
+from cluster.connect import head_address, is_private
+from cluster.errors import ClusterError
+from cluster.workers import Node, WorkerPlan, plan_workers, require_room
+
+LOOK_S = 0.5
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """How to wait, from now on. `show` gets a line whenever it changes; `watch` is called at each look, and what it raises ends it."""
+
+    at_most_s: float
+    show: Callable[[str], None]
+    watch: Callable[[], None] = lambda: None
+    began_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() - self.began_s > self.at_most_s
+
+
+def await_workers(workers: int, tensor: int, windows_ahead: int, waiting: Waiting) -> WorkerPlan:
+    """The plan that the connected cluster has room for when this returns: on GPUs where it has some or can start some, else on CPUs.
+
+    Raises ClusterError: at once where there is no autoscaler and the nodes are too small; as soon as the autoscaler says so, a few seconds,
+    where it cannot start such nodes; after `waiting.at_most_s` with what is missing.
+    """
+    nodes = _nodes()
+    on_gpus, on_cpus = (plan_workers(workers, tensor, windows_ahead, on_gpus) for on_gpus in (True, False))
+    plan = on_gpus if any(node.gpus for node in nodes) else on_cpus
+    if is_private():  # nobody else is there
+        require_room(plan, nodes)
+        return plan
+    if not read_autoscaler(head_address()).manages:
+        require_room(plan, nodes)
+    elif plan is on_cpus and (_can_start(on_gpus.bundles, waiting) or _can_start([{"GPU": 1.0}], waiting)):
+        plan = on_gpus
+    await_bundles(plan.bundles, plan, waiting)
+    return plan
+
+
+def await_bundles(bundles: Sequence[dict[str, float]], plan: WorkerPlan, waiting: Waiting) -> None:
+    """Returns when all of them have been placed, each inside one node, and gives their places back.
+
+    `plan`: for whom. Raises Refused where the autoscaler can start no such nodes, and nobody else uses any that may become free;
+    ClusterError after `waiting.at_most_s`.
+    """
+    line, history = "", History()
+    with _asked(bundles) as group:
+        while not group.wait(0):
+            waiting.watch()
+            seen = _look()
+            history.add(seen)
+            if seen.manages and group.id.hex() in seen.refused and not _in_use():
+                raise Refused(_impossible(plan))
+            missing = history.missing()
+            before, line = line, f"waiting for {missing or f'room for {plan}'}"
+            if line != before:
+                waiting.show(line)
+            if waiting.is_over:
+                failure = f" The cloud refused a node: {seen.failure}." if seen.failure else ""
+                raise ClusterError(
+                    f"still {line} after {waiting.at_most_s:g} s (parallel.wait_nodes_s).{failure} Raise it, add nodes, or lower "
+                    "parallel.workers. The same command goes on from the last checkpoint, if there is one."
+                )
+            time.sleep(LOOK_S)
+
+
+class Refused(ClusterError):
+    """The autoscaler has no node types, or may not start enough nodes, for what was asked."""
+
+
+def _can_start(bundles: Sequence[dict[str, float]], waiting: Waiting) -> bool:
+    """Whether the autoscaler has nodes for it: it is asked, as nothing else tells its node types with every provider. Where it has, it
+    starts them, and where they are not needed they go again when they were idle for a while."""
+    asked_at = -1
+    with _asked(bundles) as group:
+        name = group.id.hex()
+        while not waiting.is_over and not group.wait(0):
+            waiting.watch()
+            seen = _look()
+            if asked_at < 0 and name in seen.pending:
+                asked_at = seen.version
+            if 0 <= asked_at <= seen.considered:
+                return name not in seen.refused
+            time.sleep(LOOK_S)
+    return True
+
+
+@contextmanager
+def _asked(bundles: Sequence[dict[str, float]]) -> Iterator[Any]:
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    group = placement_group(list(bundles), strategy="PACK")
+    try:
+        yield group
+    finally:
+        remove_placement_group(group)
+
+
+def _look() -> Autoscaler:
+    """What the autoscaler tells; nothing where the head does not answer just now: whether it is gone, `watch` says."""
+    try:
+        return read_autoscaler(head_address())
+    except Exception:  # Ray raises many kinds here
+        return Autoscaler(manages=False)
+
+
+class History:
+    """The nodes that lived at each look, so as to count those that are being started: the autoscaler tells them once a round, and some of
+    them have come since."""
+
+    def __init__(self) -> None:
+        self._looks: list[Autoscaler] = []
+
+    def add(self, seen: Autoscaler) -> None:
+        self._looks = [look for look in self._looks if look.version >= seen.considered - 100]
+        self._looks.append(seen)
+
+    def missing(self) -> str:
+        """'2 of 4 gpu nodes'; empty where none is being started."""
+        now = self._looks[-1]
+        before = next((look for look in reversed(self._looks) if look.version <= now.considered), now)
+        parts: list[str] = []
+        for kind, starting in sorted(now.starting.items()):
+            whole = before.alive[kind] + starting
+            if whole > now.alive[kind]:
+                parts.append(f"{whole - now.alive[kind]} of {whole} {kind} node{'s' if whole > 1 else ''}")
+        return " and ".join(parts)
+
+
+def _in_use() -> bool:
+    """Whether somebody holds CPUs or GPUs of the cluster: they may become free, so that a node of another type can be started."""
+    import ray
+
+    whole, free = ray.cluster_resources(), ray.available_resources()
+    return any(free.get(name, 0.0) < whole.get(name, 0.0) for name in ("CPU", "GPU"))
+
+
+def _nodes() -> list[Node]:
+    import ray
+
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive]
+
+
+def _impossible(plan: WorkerPlan) -> str:
+    shape = " and ".join(f"{amount:g} {name}{'s' if amount > 1 else ''}" for name, amount in sorted(plan.bundles[0].items()))
+    values = f"parallel.workers={plan.num_workers}" + (f" or parallel.tensor={plan.tensor}" if plan.tensor > 1 else "")
+    return (
+        f"the cluster's autoscaler can start no nodes for {plan}: no node type has {shape}, or max_workers allows too few nodes for "
+        f"{plan.num_workers // plan.tensor} times that and {plan.windows_ahead} CPUs for the data tasks. Lower {values}, or raise "
+        "max_workers (Kubernetes: maxReplicas) or add a node type in the cluster's file."
+    )
