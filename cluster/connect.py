@@ -11,6 +11,7 @@ import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 from cluster.errors import ClusterError
 from cluster.head import require_head
@@ -98,12 +99,23 @@ def _connect(address: str) -> None:
     require_head(address)
     import ray
 
+    _log_what_the_head_tells()
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # Ray raises many kinds here
         text = str(error).strip()
         first = text.splitlines()[0] if text else type(error).__name__
         raise ClusterError(f"cannot connect to the cluster at {address}: {first}") from None
+
+
+def _log_what_the_head_tells() -> None:
+    """It tells every driver when a task waits for a node, in a paragraph on stdout: an autoscaler's every day."""
+    from ray._private import worker
+
+    def log(data: dict[str, Any], ignore_prefix: bool) -> None:
+        logging.getLogger("ray").warning("%s: %s", data.get("pid"), "\n".join(data["lines"]))
+
+    worker.print_to_stdstream = log
 
 
 def _end_left_over(folder: str) -> None:

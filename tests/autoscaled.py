@@ -120,6 +120,14 @@ class Autoscaled:
             time.sleep(1.0)
         raise AssertionError(f"the nodes are {found}, not {wanted}, after {timeout_s:.0f} s")
 
+    def kill_node(self, node: str) -> None:
+        """SIGKILL to the raylet of that node, and with it to its workers."""
+        raylets = [process for process in psutil.process_iter() if process.name() == "raylet" and self._is_ours(process)]
+        (raylet,) = [process for process in raylets if process.environ().get("RAY_OVERRIDE_NODE_ID_FOR_TESTING") == node]
+        for process in [raylet, *raylet.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
     def start(self, recipe: Path, *settings: str, job: str = "jobs.pretrain") -> subprocess.Popen[str]:
         command = [sys.executable, "-m", job, "--config", str(recipe)]
         for setting in settings:

@@ -1,0 +1,110 @@
+"""Runs on a cluster whose nodes Ray's autoscaler starts and ends: from none to as many as the plan needs, and back."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llm.metrics import Row, read_rows, rows_of
+from tests.autoscaled import Autoscaled
+from tests.kills import Watched, ledger
+from tests.small_run import write_small_run
+
+GANGS = ("parallel.workers=4", "parallel.tensor=2")  # on nodes of 3 CPUs, where Ray's own packing puts 3 workers on one
+
+
+@pytest.fixture
+def cpus(tmp_path: Path) -> Iterator[Autoscaled]:
+    cluster = Autoscaled(tmp_path, {"cpu": ({"CPU": 3}, 3)})
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return write_small_run(tmp_path)
+
+
+def end(process: subprocess.Popen[str], timeout_s: float = 300) -> tuple[int, str, str]:
+    out, error = process.communicate(timeout=timeout_s)
+    return process.returncode, out, error
+
+
+def starts(recipe: Path, name: str = "small") -> list[Row]:
+    return rows_of(read_rows(recipe.parent / "runs" / name / "metrics.jsonl"), "event", "start")
+
+
+def assert_no_group_is_split(nodes: list[int], tensor: int) -> None:
+    groups = [set(nodes[first : first + tensor]) for first in range(0, len(nodes), tensor)]
+    assert groups and all(len(group) == 1 for group in groups), nodes
+
+
+@pytest.mark.timeout(600)
+def test_from_no_node_to_two_and_back_with_whole_tensor_groups_and_impossible_demands_are_named(cpus: Autoscaled, recipe: Path):
+    assert not cpus.nodes()
+    began_s = time.monotonic()
+    wide = ("parallel.workers=4", "parallel.tensor=4", "model.config.num_key_value_heads=4")
+    code, _, error = end(cpus.start(recipe, *wide))
+    assert code == 3 and time.monotonic() - began_s < 30 + 15, "30 s, and what the process takes to start and end"
+    assert error.startswith("error: ") and "no node type has 4 CPUs" in error and "Lower parallel.workers=4 or parallel.tensor=4" in error
+    assert not cpus.nodes(), "nothing was started for what is impossible"
+
+    code, out, error = end(cpus.start(recipe, *GANGS))
+    assert code == 0 and not error, out + error
+    assert "of 2 cpu nodes" in out and "infeasible" not in out, out
+    (start,) = starts(recipe)
+    assert start["workers"] == 4 and sorted(start["nodes"]) == [0, 0, 1, 1]
+    assert_no_group_is_split(start["nodes"], 2)
+    assert len(cpus.nodes()) <= 2, "no more nodes than the plan needs"
+    cpus.await_nodes({}, timeout_s=120)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+def test_more_gpus_than_the_autoscaler_may_start_are_named_and_a_wait_has_an_end(tmp_path: Path, recipe: Path):
+    cluster = Autoscaled(tmp_path, {"cpu": ({"CPU": 4}, 1), "gpu": ({"CPU": 1, "GPU": 1}, 2)})
+    try:
+        began_s = time.monotonic()
+        code, _, error = end(cluster.start(recipe, "parallel.workers=5", "train.batch_rows=10"))
+        assert code == 3 and time.monotonic() - began_s < 30 + 15, error
+        assert "5 GPU workers" in error and "max_workers" in error, error
+        code, out, error = end(cluster.start(recipe, "parallel.wait_nodes_s=0", "run.name=hasty"))
+        assert code == 3 and "after 0 s (parallel.wait_nodes_s)" in error, out + error
+        cluster.await_nodes({}, timeout_s=120)
+    finally:
+        cluster.close()
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(900)
+def test_a_node_that_is_lost_is_replaced_and_no_group_is_split(cpus: Autoscaled, recipe: Path):
+    storage = recipe.parent / "runs"
+    process = cpus.start(recipe, *GANGS, "train.steps=200", "checkpoint.every_steps=20", "eval.rows=0", f"run.storage={storage}")
+    run = Watched(process, storage / "small")
+    run.await_row("step", count=30, timeout_s=300)
+    cpus.kill_node(next(iter(cpus.nodes())))
+    code, out, error = end(process, 500)
+    assert code == 0, out + error
+    for start in starts(recipe):
+        assert start["workers"] == 4
+        assert_no_group_is_split(start["nodes"], 2)
+    assert len(starts(recipe)) == 2
+    assert [step for step, _ in ledger(run.run)] == list(range(1, 201))
+    cpus.await_nodes({}, timeout_s=120)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(900)
+def test_an_elastic_run_begins_with_the_nodes_that_there_can_be(tmp_path: Path, recipe: Path):
+    cluster = Autoscaled(tmp_path, {"cpu": ({"CPU": 3}, 1)})
+    try:
+        code, out, error = end(cluster.start(recipe, *GANGS, "parallel.min_workers=2"), 500)
+        assert code == 0, out + error
+        assert [start["workers"] for start in starts(recipe)] == [2]
+        cluster.await_nodes({}, timeout_s=120)
+    finally:
+        cluster.close()
