@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 HEAD_RESOURCE = "node:__internal_head__"
@@ -23,8 +24,8 @@ class Autoscaler:
     considered: int = 0
     pending: frozenset[str] = frozenset()
     refused: frozenset[str] = frozenset()
-    alive: Counter[str] = field(default_factory=Counter)
-    starting: Counter[str] = field(default_factory=Counter)
+    alive: Mapping[str, int] = field(default_factory=dict)
+    starting: Mapping[str, int] = field(default_factory=dict)
     failure: str = ""
 
 

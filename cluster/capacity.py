@@ -7,6 +7,7 @@ more, and Ray takes them all at once or none. Withdrawing it is removing it, whi
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,9 +16,10 @@ from typing import Any
 from cluster.autoscaler import Autoscaler, read_autoscaler
 from cluster.connect import head_address, is_private
 from cluster.errors import ClusterError
-from cluster.workers import Node, WorkerPlan, plan_workers, require_room
+from cluster.workers import Node, WorkerPlan, concurrent_trials, plan_workers, require_room, total_cpus
 
 LOOK_S = 0.5
+Bundle = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,42 @@ def await_workers(workers: int, tensor: int, windows_ahead: int, waiting: Waitin
         require_room(plan, nodes)
     elif plan is on_cpus and (_can_start(on_gpus.bundles, waiting) or _can_start([{"GPU": 1.0}], waiting)):
         plan = on_gpus
-    await_bundles(plan.bundles, plan, waiting)
+    lower = f"parallel.workers={workers}" + (f" or parallel.tensor={tensor}" if tensor > 1 else "")
+    await_bundles(plan.bundles, str(plan), lower, waiting)
     return plan
 
 
-def await_bundles(bundles: Sequence[dict[str, float]], plan: WorkerPlan, waiting: Waiting) -> None:
+def await_trials(limit: int | None, driver_cpus: int, workers: int, tensor: int, windows_ahead: int, waiting: Waiting) -> int:
+    """How many trials of a search the connected cluster trains at once, at most `limit`. Where an autoscaler starts nodes, `limit` of them
+    are waited for, or one where there is no limit or not as many nodes can be.
+
+    `driver_cpus`: of the process that waits for a trial's run. Raises ClusterError as `await_workers`.
+    """
+    if read_autoscaler(head_address()).manages:
+        plan = await_workers(workers, tensor, windows_ahead, waiting)
+        one = [*plan.bundles, {"CPU": float(driver_cpus)}]
+        try:
+            await_bundles(one * (limit or 1), f"{limit or 1} trials of {plan}", "budget.max_concurrent", waiting)
+        except RefusedError:
+            await_bundles(one, f"a trial of {plan}", "parallel.workers", waiting)
+    nodes = _nodes()
+    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    return concurrent_trials(limit, driver_cpus + total_cpus(workers, windows_ahead), workers, cpus, gpus)
+
+
+def await_cpus(cpus: int, waiting: Waiting) -> None:
+    """Returns when the connected cluster has so many logical CPUs, which tasks of one each use. Raises ClusterError as `await_workers`."""
+    if not is_private() and read_autoscaler(head_address()).manages:
+        await_bundles([{"CPU": 1.0}] * cpus, f"{cpus} tasks", "their number", waiting)
+    elif (have := sum(node.cpus for node in _nodes())) < cpus:
+        raise ClusterError(f"{cpus} logical CPUs are needed, and the cluster has {have:g}. Start it with --num-cpus={cpus} or more nodes.")
+
+
+def await_bundles(bundles: Sequence[Bundle], told: str, lower: str, waiting: Waiting) -> None:
     """Returns when all of them have been placed, each inside one node, and gives their places back.
 
-    `plan`: for whom. Raises Refused where the autoscaler can start no such nodes, and nobody else uses any that may become free;
-    ClusterError after `waiting.at_most_s`.
+    `told`: for whom; `lower`: the keys to lower. Raises RefusedError where the autoscaler can start no such nodes, and nobody else uses any
+    that may become free; ClusterError after `waiting.at_most_s`.
     """
     line, history = "", History()
     with _asked(bundles) as group:
@@ -67,25 +96,28 @@ def await_bundles(bundles: Sequence[dict[str, float]], plan: WorkerPlan, waiting
             seen = _look()
             history.add(seen)
             if seen.manages and group.id.hex() in seen.refused and not _in_use():
-                raise Refused(_impossible(plan))
+                raise RefusedError(
+                    f"the cluster's autoscaler can start no nodes for {told}: no node type has {_shape(bundles[0])}, or max_workers allows "
+                    f"too few nodes for {_shapes(bundles)}. Lower {lower}, or raise max_workers (Kubernetes: maxReplicas) or add a node "
+                    "type in the cluster's file."
+                )
             missing = history.missing()
-            before, line = line, f"waiting for {missing or f'room for {plan}'}"
+            before, line = line, f"waiting for {missing or f'room for {told}'}"
             if line != before:
                 waiting.show(line)
             if waiting.is_over:
                 failure = f" The cloud refused a node: {seen.failure}." if seen.failure else ""
                 raise ClusterError(
-                    f"still {line} after {waiting.at_most_s:g} s (parallel.wait_nodes_s).{failure} Raise it, add nodes, or lower "
-                    "parallel.workers. The same command goes on from the last checkpoint, if there is one."
+                    f"still {line} after {waiting.at_most_s:g} s (parallel.wait_nodes_s).{failure} Raise it, add nodes, or lower {lower}."
                 )
             time.sleep(LOOK_S)
 
 
-class Refused(ClusterError):
+class RefusedError(ClusterError):
     """The autoscaler has no node types, or may not start enough nodes, for what was asked."""
 
 
-def _can_start(bundles: Sequence[dict[str, float]], waiting: Waiting) -> bool:
+def _can_start(bundles: Sequence[Bundle], waiting: Waiting) -> bool:
     """Whether the autoscaler has nodes for it: it is asked, as nothing else tells its node types with every provider. Where it has, it
     starts them, and where they are not needed they go again when they were idle for a while."""
     asked_at = -1
@@ -103,7 +135,7 @@ def _can_start(bundles: Sequence[dict[str, float]], waiting: Waiting) -> bool:
 
 
 @contextmanager
-def _asked(bundles: Sequence[dict[str, float]]) -> Iterator[Any]:
+def _asked(bundles: Sequence[Bundle]) -> Iterator[Any]:
     from ray.util.placement_group import placement_group, remove_placement_group
 
     group = placement_group(list(bundles), strategy="PACK")
@@ -138,9 +170,9 @@ class History:
         before = next((look for look in reversed(self._looks) if look.version <= now.considered), now)
         parts: list[str] = []
         for kind, starting in sorted(now.starting.items()):
-            whole = before.alive[kind] + starting
-            if whole > now.alive[kind]:
-                parts.append(f"{whole - now.alive[kind]} of {whole} {kind} node{'s' if whole > 1 else ''}")
+            whole = before.alive.get(kind, 0) + starting
+            if (left := whole - now.alive.get(kind, 0)) > 0:
+                parts.append(f"{left} of {whole} {kind} node{'s' if whole > 1 else ''}")
         return " and ".join(parts)
 
 
@@ -159,11 +191,10 @@ def _nodes() -> list[Node]:
     return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive]
 
 
-def _impossible(plan: WorkerPlan) -> str:
-    shape = " and ".join(f"{amount:g} {name}{'s' if amount > 1 else ''}" for name, amount in sorted(plan.bundles[0].items()))
-    values = f"parallel.workers={plan.num_workers}" + (f" or parallel.tensor={plan.tensor}" if plan.tensor > 1 else "")
-    return (
-        f"the cluster's autoscaler can start no nodes for {plan}: no node type has {shape}, or max_workers allows too few nodes for "
-        f"{plan.num_workers // plan.tensor} times that and {plan.windows_ahead} CPUs for the data tasks. Lower {values}, or raise "
-        "max_workers (Kubernetes: maxReplicas) or add a node type in the cluster's file."
-    )
+def _shapes(bundles: Sequence[Bundle]) -> str:
+    """'2 times 2 CPUs and 1 times 1 CPU'"""
+    return " and ".join(f"{count} times {shape}" for shape, count in Counter(_shape(bundle) for bundle in bundles).items())
+
+
+def _shape(bundle: Bundle) -> str:
+    return " with ".join(f"{amount:g} {name}{'s' if amount > 1 else ''}" for name, amount in sorted(bundle.items(), reverse=True))

@@ -54,13 +54,6 @@ def is_private() -> bool:
     return not os.environ.get("RAY_ADDRESS")
 
 
-def cluster_gpus() -> float:
-    """GPUs of the connected cluster."""
-    import ray
-
-    return ray.cluster_resources().get("GPU", 0.0)
-
-
 def hardware() -> str:
     """What a measurement of memory or speed holds for: the kinds of GPUs of the connected cluster; else CPUs, how many and with
     how much memory where that is this machine."""
@@ -81,18 +74,6 @@ def head_address() -> str:
     import ray
 
     return ray.get_runtime_context().gcs_address
-
-
-def require_cpus(needed: int) -> None:
-    """Refuses a plan that would wait for ever."""
-    import ray
-
-    have = ray.cluster_resources().get("CPU", 0.0)
-    if have < needed:
-        raise ClusterError(
-            f"the run needs {needed} logical CPUs (its workers and its data tasks), and the cluster has {have:g}. "
-            f"Start the cluster with --num-cpus={needed} or more nodes, or lower parallel.workers or data.windows_ahead."
-        )
 
 
 def _connect(address: str) -> None:

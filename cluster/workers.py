@@ -84,9 +84,10 @@ def require_room(plan: WorkerPlan, nodes: Sequence[Node]) -> None:
         )
     if not placed:
         largest = max(int(node.gpus if of_gpus else node.cpus) for node in nodes)
+        legal = max(size for size in range(1, largest + 1) if plan.num_workers % size == 0)
         raise ClusterError(
             f"parallel.tensor={plan.tensor} needs a node of {plan.tensor} {unit}, as a tensor group lies inside one, and the largest node "
-            f"has {largest}. Nearest legal value: parallel.tensor={largest}."
+            f"has {largest}. Nearest legal value: parallel.tensor={legal}."
         )
     raise ClusterError(
         f"parallel.workers={plan.num_workers} are {groups} tensor groups of {plan.tensor}, each inside one node, and the nodes have room "

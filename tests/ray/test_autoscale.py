@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from llm.metrics import Row, read_rows, rows_of
 from tests.autoscaled import Autoscaled
 from tests.kills import Watched, ledger
+from tests.search.sweeps import start_sweep, write_sweep
 from tests.small_run import write_small_run
 
 GANGS = ("parallel.workers=4", "parallel.tensor=2")  # on nodes of 3 CPUs, where Ray's own packing puts 3 workers on one
@@ -105,6 +107,23 @@ def test_an_elastic_run_begins_with_the_nodes_that_there_can_be(tmp_path: Path, 
         code, out, error = end(cluster.start(recipe, *GANGS, "parallel.min_workers=2"), 500)
         assert code == 0, out + error
         assert [start["workers"] for start in starts(recipe)] == [2]
+        cluster.await_nodes({}, timeout_s=120)
+    finally:
+        cluster.close()
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(1200)
+def test_a_sweep_begins_without_nodes_and_leaves_none(tmp_path: Path):
+    cluster = Autoscaled(tmp_path, {"cpu": ({"CPU": 3}, 2)})
+    try:
+        settings = {"train.steps": 12, "parallel.workers": 1, "eval.every_steps": 0, "checkpoint.every_steps": 0}
+        path = write_sweep(tmp_path, set=settings, budget={"trials": 3, "max_concurrent": 2})
+        environment = cluster.environment | {"RAY_ADDRESS": cluster.address}
+        process = start_sweep(path, command=(sys.executable, "-m", "jobs.pretrain", "--config"), **environment)
+        code, out, error = end(process, 1000)
+        assert code == 0 and "of 2 cpu nodes" in out, out + error
+        assert (tmp_path / "runs" / "search" / "best.yaml").exists()
         cluster.await_nodes({}, timeout_s=120)
     finally:
         cluster.close()
