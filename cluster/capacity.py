@@ -16,7 +16,7 @@ from typing import Any
 from cluster.autoscaler import Autoscaler, read_autoscaler
 from cluster.connect import head_address, is_private
 from cluster.errors import ClusterError
-from cluster.workers import Node, WorkerPlan, concurrent_trials, plan_workers, require_room, total_cpus
+from cluster.workers import Needs, Node, WorkerPlan, concurrent_trials, plan_workers, require_room, total_cpus
 
 LOOK_S = 0.5
 Bundle = dict[str, float]
@@ -36,43 +36,47 @@ class Waiting:
         return time.monotonic() - self.began_s > self.at_most_s
 
 
-def await_workers(workers: int, tensor: int, windows_ahead: int, waiting: Waiting) -> WorkerPlan:
-    """The plan that the connected cluster has room for when this returns: on GPUs where it has some or can start some, else on CPUs.
+def await_workers(needs: Needs, waiting: Waiting) -> WorkerPlan:
+    """The plan that the connected cluster has room for when this returns; a device of "auto" is GPUs where it has some or can start some.
 
     Raises ClusterError: at once where there is no autoscaler and the nodes are too small; as soon as the autoscaler says so, a few seconds,
     where it cannot start such nodes; after `waiting.at_most_s` with what is missing.
     """
     nodes = _nodes()
-    on_gpus, on_cpus = (plan_workers(workers, tensor, windows_ahead, on_gpus) for on_gpus in (True, False))
-    plan = on_gpus if any(node.gpus for node in nodes) else on_cpus
+    on_gpus = needs.device == "gpu" or (needs.device == "auto" and any(node.gpus for node in nodes))
+    manages = not is_private() and read_autoscaler(head_address()).manages
+    if manages and needs.device == "auto" and not on_gpus:
+        on_gpus = _can_start(plan_workers(needs, on_gpus=True).bundles, waiting) or _can_start([{"GPU": 1.0}], waiting)
+        if not on_gpus:
+            waiting.show("the cluster's autoscaler has no GPU nodes: the run will be on CPUs")
+    plan = plan_workers(needs, on_gpus)
+    if not manages:
+        require_room(plan, nodes)
     if is_private():  # nobody else is there
-        require_room(plan, nodes)
         return plan
-    if not read_autoscaler(head_address()).manages:
-        require_room(plan, nodes)
-    elif plan is on_cpus and (_can_start(on_gpus.bundles, waiting) or _can_start([{"GPU": 1.0}], waiting)):
-        plan = on_gpus
-    lower = f"parallel.workers={workers}" + (f" or parallel.tensor={tensor}" if tensor > 1 else "")
+    lower = f"parallel.workers={needs.workers}" + (f" or parallel.tensor={needs.tensor}" if needs.tensor > 1 else "")
+    lower += " or set parallel.device=cpu" if on_gpus else ""
     await_bundles(plan.bundles, str(plan), lower, waiting)
     return plan
 
 
-def await_trials(limit: int | None, driver_cpus: int, workers: int, tensor: int, windows_ahead: int, waiting: Waiting) -> int:
+def await_trials(limit: int | None, driver_cpus: int, needs: Needs, waiting: Waiting) -> int:
     """How many trials of a search the connected cluster trains at once, at most `limit`. Where an autoscaler starts nodes, `limit` of them
     are waited for, or one where there is no limit or not as many nodes can be.
 
-    `driver_cpus`: of the process that waits for a trial's run. Raises ClusterError as `await_workers`.
+    `needs`: of the largest trial; `driver_cpus`: of the process that waits for a trial's run. Raises ClusterError as `await_workers`.
     """
     if read_autoscaler(head_address()).manages:
-        plan = await_workers(workers, tensor, windows_ahead, waiting)
+        plan = await_workers(needs, waiting)
         one = [*plan.bundles, {"CPU": float(driver_cpus)}]
         try:
             await_bundles(one * (limit or 1), f"{limit or 1} trials of {plan}", "budget.max_concurrent", waiting)
         except RefusedError:
             await_bundles(one, f"a trial of {plan}", "parallel.workers", waiting)
     nodes = _nodes()
-    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
-    return concurrent_trials(limit, driver_cpus + total_cpus(workers, windows_ahead), workers, cpus, gpus)
+    cpus = sum(node.cpus for node in nodes)
+    gpus = 0.0 if needs.device == "cpu" else sum(node.gpus for node in nodes)
+    return concurrent_trials(limit, driver_cpus + total_cpus(needs.workers, needs.windows_ahead), needs.workers, cpus, gpus)
 
 
 def await_cpus(cpus: int, waiting: Waiting) -> None:
@@ -89,13 +93,17 @@ def await_bundles(bundles: Sequence[Bundle], told: str, lower: str, waiting: Wai
     `told`: for whom; `lower`: the keys to lower. Raises RefusedError where the autoscaler can start no such nodes, and nobody else uses any
     that may become free; ClusterError after `waiting.at_most_s`.
     """
-    line, history = "", History()
+    line, history, idle_since = "", History(), -1
     with _asked(bundles) as group:
         while not group.wait(0):
             waiting.watch()
             seen = _look()
             history.add(seen)
-            if seen.manages and group.id.hex() in seen.refused and not _in_use():
+            if group.id.hex() not in seen.refused or _in_use():
+                idle_since = -1
+            elif idle_since < 0:  # what somebody has just given back, its last round did not know of
+                idle_since = seen.version
+            elif seen.considered >= idle_since:
                 raise RefusedError(
                     f"the cluster's autoscaler can start no nodes for {told}: no node type has {_shape(bundles[0])}, or max_workers allows "
                     f"too few nodes for {_shapes(bundles)}. Lower {lower}, or raise max_workers (Kubernetes: maxReplicas) or add a node "
@@ -161,11 +169,13 @@ class History:
         self._looks: list[Autoscaler] = []
 
     def add(self, seen: Autoscaler) -> None:
-        self._looks = [look for look in self._looks if look.version >= seen.considered - 100]
-        self._looks.append(seen)
+        if seen.version:  # else the head did not answer
+            self._looks = [look for look in self._looks if look.version >= seen.considered - 100] + [seen]
 
     def missing(self) -> str:
         """'2 of 4 gpu nodes'; empty where none is being started."""
+        if not self._looks:
+            return ""
         now = self._looks[-1]
         before = next((look for look in reversed(self._looks) if look.version <= now.considered), now)
         parts: list[str] = []

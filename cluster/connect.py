@@ -54,15 +54,15 @@ def is_private() -> bool:
     return not os.environ.get("RAY_ADDRESS")
 
 
-def hardware() -> str:
-    """What a measurement of memory or speed holds for: the kinds of GPUs of the connected cluster; else CPUs, how many and with
+def hardware(on_gpus: bool) -> str:
+    """What a measurement of memory or speed holds for: the kinds of GPUs of the connected cluster; or CPUs, how many and with
     how much memory where that is this machine."""
     import psutil
     import ray
 
     resources = ray.cluster_resources()
     prefix = "accelerator_type:"
-    if resources.get("GPU"):
+    if on_gpus:
         return "GPU " + ", ".join(sorted(name.removeprefix(prefix) for name in resources if name.startswith(prefix)))
     if is_private():
         return f"{os.cpu_count()} CPUs, {round(psutil.virtual_memory().total / 2**30)} GiB"

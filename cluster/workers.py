@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from cluster.errors import ClusterError
 
@@ -21,9 +22,17 @@ class Node:
 
 
 @dataclass(frozen=True)
-class WorkerPlan:
-    """`windows_ahead`: logical CPUs for tokenizing, which the trainers do not hold."""
+class Needs:
+    """What a run's configuration says. `windows_ahead`: logical CPUs for tokenizing, which the trainers do not hold."""
 
+    workers: int
+    tensor: int
+    windows_ahead: int
+    device: Literal["auto", "gpu", "cpu"] = "auto"
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
     num_workers: int
     tensor: int
     windows_ahead: int
@@ -52,9 +61,9 @@ def total_cpus(workers: int, windows_ahead: int) -> int:
     return workers + windows_ahead
 
 
-def plan_workers(workers: int, tensor: int, windows_ahead: int, on_gpus: bool) -> WorkerPlan:
-    """One worker a GPU where the cluster has or can have them, else CPU workers of one logical CPU each."""
-    return WorkerPlan(workers, tensor, windows_ahead, 1.0, 1.0 if on_gpus else 0.0)
+def plan_workers(needs: Needs, on_gpus: bool) -> WorkerPlan:
+    """One worker a GPU, or CPU workers of one logical CPU each."""
+    return WorkerPlan(needs.workers, needs.tensor, needs.windows_ahead, 1.0, 1.0 if on_gpus else 0.0)
 
 
 def group_places(plan: WorkerPlan, nodes: Sequence[Node]) -> list[int]:
@@ -76,6 +85,7 @@ def require_room(plan: WorkerPlan, nodes: Sequence[Node]) -> None:
     if of_gpus and gpus < plan.num_workers:
         legal = int(gpus) // plan.tensor * plan.tensor
         fix = f"Nearest legal value: parallel.workers={legal}" if legal else f"Lower parallel.tensor={plan.tensor} too"
+        fix = fix if gpus else "Nearest legal value: parallel.device=cpu"
         raise ClusterError(f"parallel.workers={plan.num_workers} needs {plan.num_workers} GPUs, and the cluster has {gpus:g}. {fix}.")
     if cpus < needed:
         raise ClusterError(

@@ -14,7 +14,7 @@ from pathlib import Path
 from cluster.capacity import Waiting, await_workers
 from cluster.connect import connected, hardware, head_address, is_private
 from cluster.head import HeadWatch
-from cluster.workers import total_cpus
+from cluster.workers import Needs, total_cpus
 from jobs.exit_code import exit_code_of, take_over_signals
 from llm.config import RunConfig
 from llm.config_file import dump_run, load_run
@@ -96,10 +96,10 @@ def _train(config: RunConfig, prepared: Prepared, watcher: RunWatcher, lease: Le
             head.look()
 
         waiting = Waiting(parallel.wait_nodes_s, watcher.progress.note, keep)
-        plan = await_workers(least, parallel.tensor, config.data.windows_ahead, waiting)
+        plan = await_workers(Needs(least, parallel.tensor, config.data.windows_ahead, parallel.device), waiting)
         job = replace(prepared.job, fence=lease.fence.check)
         if is_open(config):
-            job = _with_microbatch(config, job, watcher)
+            job = _with_microbatch(config, job, watcher, hardware(plan.gpus_per_worker > 0))
         watcher.progress.waiting("starting the workers")
         from llm.train.launch import WorkerResources, fit  # imports Ray, which must be connected first
 
@@ -123,9 +123,9 @@ def _shown_by_ray(config: RunConfig, job: Job, watcher: RunWatcher) -> Callable[
     return RayMetrics(config.run.name, live).show
 
 
-def _with_microbatch(config: RunConfig, job: Job, watcher: RunWatcher) -> Job:
+def _with_microbatch(config: RunConfig, job: Job, watcher: RunWatcher, kind: str) -> Job:
     """The job with what `train.microbatch_rows: auto` is here, which the run's record gets too."""
-    at_most, told = decide(job, hardware())
+    at_most, told = decide(job, kind)
     record_config(decided(config, at_most))
     watcher.settings = decided(config, at_most).model_dump()
     if told:

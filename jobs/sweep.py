@@ -11,7 +11,7 @@ from functools import partial
 from cluster.capacity import Waiting, await_trials
 from cluster.connect import connected, head_address, is_private
 from cluster.head import HeadWatch
-from cluster.workers import total_cpus
+from cluster.workers import Needs, total_cpus
 from jobs.exit_code import exit_code_of, take_over_signals
 from llm.errors import TrainingError
 from llm.observe.quiet import quiet_search
@@ -74,7 +74,8 @@ def _search(study: Study, lease: Lease) -> None:
 
         if not is_private():
             waiting = Waiting(base.parallel.wait_nodes_s, show, watch)
-            at_once = await_trials(limit, TRIAL_CPUS, workers, tensor, base.data.windows_ahead, waiting)
+            needs = Needs(workers, tensor, base.data.windows_ahead, base.parallel.device)
+            at_once = await_trials(limit, TRIAL_CPUS, needs, waiting)
         search(study, at_once, folder, watch)
 
 

@@ -78,6 +78,9 @@ KEEP_FREED_MEMORY = {
 }
 
 
+NO_GPUS = {"CUDA_VISIBLE_DEVICES": ""}  # a CPU worker may be on a node that has some
+
+
 @dataclass(frozen=True)
 class WorkerResources:
     cpus: float
@@ -168,7 +171,7 @@ def fit(
             storage_path=ray_folder,
             worker_runtime_env={
                 "worker_process_setup_hook": "llm.train.preload.begin",
-                "env_vars": {} if resources.gpus else KEEP_FREED_MEMORY,
+                "env_vars": {} if resources.gpus else KEEP_FREED_MEMORY | NO_GPUS,
             },
         ),
         dataset_config=OneSplitPerDataRank(job.config.parallel.tensor),

@@ -74,7 +74,7 @@ def test_more_gpus_than_the_autoscaler_may_start_are_named_and_a_wait_has_an_end
         code, _, error = end(cluster.start(recipe, "parallel.workers=5", "train.batch_rows=10"))
         assert code == 3 and time.monotonic() - began_s < 30 + 15, error
         assert "5 GPU workers" in error and "max_workers" in error, error
-        code, out, error = end(cluster.start(recipe, "parallel.wait_nodes_s=0", "run.name=hasty"))
+        code, out, error = end(cluster.start(recipe, "parallel.wait_nodes_s=0", "parallel.device=cpu", "run.name=hasty"))
         assert code == 3 and "after 0 s (parallel.wait_nodes_s)" in error, out + error
         cluster.await_nodes({}, timeout_s=120)
     finally:
@@ -125,5 +125,7 @@ def test_a_sweep_begins_without_nodes_and_leaves_none(tmp_path: Path):
         assert code == 0 and "of 2 cpu nodes" in out, out + error
         assert (tmp_path / "runs" / "search" / "best.yaml").exists()
         cluster.await_nodes({}, timeout_s=120)
+        code, out, error = end(cluster.start(tmp_path / "run.yaml", "run.name=after"), 300)
+        assert code == 0, out + error  # what the trials left in Ray did not go with their nodes
     finally:
         cluster.close()

@@ -11,11 +11,16 @@ from hypothesis import strategies as st
 from cluster.autoscaler import Autoscaler
 from cluster.capacity import History
 from cluster.errors import ClusterError
-from cluster.workers import Node, WorkerPlan, group_places, plan_workers, require_room
+from cluster.workers import Needs, Node, WorkerPlan, group_places, plan_workers, require_room
+
+
+def plan(workers: int, tensor: int, windows_ahead: int, on_gpus: bool) -> WorkerPlan:
+    return plan_workers(Needs(workers, tensor, windows_ahead), on_gpus)
+
 
 NODES = st.lists(st.builds(Node, cpus=st.integers(0, 9), gpus=st.integers(0, 4)), min_size=1, max_size=4)
 PLANS = st.builds(
-    lambda groups, tensor, windows_ahead, on_gpus: plan_workers(groups * tensor, tensor, windows_ahead, on_gpus),
+    lambda groups, tensor, windows_ahead, on_gpus: plan(groups * tensor, tensor, windows_ahead, on_gpus),
     *(st.integers(1, 3), st.integers(1, 4), st.integers(1, 2), st.booleans()),
 )
 
@@ -34,14 +39,14 @@ def fits(plan: WorkerPlan, nodes: list[Node]) -> bool:
 
 
 @given(PLANS, NODES)
-def test_a_plan_is_refused_exactly_where_no_way_of_placing_its_bundles_is_left(plan: WorkerPlan, nodes: list[Node]):
+def test_a_plan_is_refused_exactly_where_no_way_of_placing_its_bundles_is_left(asked: WorkerPlan, nodes: list[Node]):
     try:
-        require_room(plan, nodes)
+        require_room(asked, nodes)
     except ClusterError as error:
-        assert not fits(plan, nodes)
+        assert not fits(asked, nodes)
         assert "Nearest legal value" in str(error) or "Lower" in str(error) or "--num-cpus" in str(error)
     else:
-        assert fits(plan, nodes)
+        assert fits(asked, nodes)
 
 
 @given(PLANS, NODES)
@@ -62,23 +67,24 @@ def test_bundles_are_whole_groups_and_the_cpus_of_the_data_tasks(plan: WorkerPla
 
 
 @pytest.mark.parametrize(
-    ("plan", "nodes", "told"),
+    ("asked", "nodes", "told"),
     [
         (
-            plan_workers(4, 2, 1, True),
+            plan(4, 2, 1, True),
             [Node(8, 1)] * 4,
             "needs a node of 2 GPUs.*node has 1. Nearest legal value: parallel.tensor=1",
         ),
-        (plan_workers(8, 2, 1, True), [Node(9, 3)] * 3, "room for 3. Nearest legal value: parallel.workers=6"),
-        (plan_workers(8, 2, 1, True), [Node(9, 5)], "needs 8 GPUs, and the cluster has 5. Nearest legal value: parallel.workers=4"),
-        (plan_workers(4, 4, 1, True), [Node(9, 2)], "the cluster has 2. Lower parallel.tensor=4 too"),
-        (plan_workers(4, 1, 2, False), [Node(4), Node(1)], "needs 6 logical CPUs .*the cluster has 5.*--num-cpus=6"),
-        (plan_workers(4, 4, 1, False), [Node(3), Node(3)], "needs a node of 4 logical CPUs.*has 3. Nearest legal value: parallel.tensor=2"),
+        (plan(8, 2, 1, True), [Node(9, 3)] * 3, "room for 3. Nearest legal value: parallel.workers=6"),
+        (plan(8, 2, 1, True), [Node(9, 5)], "needs 8 GPUs, and the cluster has 5. Nearest legal value: parallel.workers=4"),
+        (plan(4, 1, 1, True), [Node(9)], "the cluster has 0. Nearest legal value: parallel.device=cpu"),
+        (plan(4, 4, 1, True), [Node(9, 2)], "the cluster has 2. Lower parallel.tensor=4 too"),
+        (plan(4, 1, 2, False), [Node(4), Node(1)], "needs 6 logical CPUs .*the cluster has 5.*--num-cpus=6"),
+        (plan(4, 4, 1, False), [Node(3), Node(3)], "needs a node of 4 logical CPUs.*has 3. Nearest legal value: parallel.tensor=2"),
     ],
 )
-def test_a_plan_without_room_is_refused_with_the_nearest_that_has(plan: WorkerPlan, nodes: list[Node], told: str):
+def test_a_plan_without_room_is_refused_with_the_nearest_that_has(asked: WorkerPlan, nodes: list[Node], told: str):
     with pytest.raises(ClusterError, match=told):
-        require_room(plan, nodes)
+        require_room(asked, nodes)
 
 
 def test_nodes_that_have_come_since_the_autoscaler_told_of_them_are_not_waited_for():
