@@ -95,14 +95,15 @@ class Autoscaled:
             **UNUSED,
         }
 
-    def nodes(self) -> dict[str, str]:
-        """The node type of each living node but the head, by its id; as a client of its own is told, so that this process needs no Ray."""
+    def nodes(self, with_ended: bool = False) -> dict[str, str]:
+        """The node type of each living node but the head, by its id; as a client of its own is told, so that this process needs no Ray.
+        `with_ended`: of all that ever lived."""
         script = (
             "import json, sys; from ray._raylet import GcsClient\n"
             "from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply as R\n"
             "reply = R.FromString(GcsClient(sys.argv[1]).get_cluster_status(timeout_s=5))\n"
             "states = reply.cluster_resource_state.node_states\n"
-            "print(json.dumps({s.node_id.hex(): s.ray_node_type_name for s in states if s.status != 2}))"
+            f"print(json.dumps({{s.node_id.hex(): s.ray_node_type_name for s in states if s.status != 2 or {with_ended}}}))"
         )
         command = [sys.executable, "-c", script, self.address]
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=True)

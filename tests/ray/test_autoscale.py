@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -53,7 +54,7 @@ def test_from_no_node_to_two_and_back_with_whole_tensor_groups_and_impossible_de
     code, _, error = end(cpus.start(recipe, *wide))
     assert code == 3 and time.monotonic() - began_s < 30 + 15, "30 s, and what the process takes to start and end"
     assert error.startswith("error: ") and "no node type has 4 CPUs" in error and "Lower parallel.workers=4 or parallel.tensor=4" in error
-    assert not cpus.nodes(), "nothing was started for what is impossible"
+    assert not cpus.nodes(with_ended=True), "nothing was started for what is impossible"
 
     code, out, error = end(cpus.start(recipe, *GANGS))
     assert code == 0 and not error, out + error
@@ -61,8 +62,8 @@ def test_from_no_node_to_two_and_back_with_whole_tensor_groups_and_impossible_de
     (start,) = starts(recipe)
     assert start["workers"] == 4 and sorted(start["nodes"]) == [0, 0, 1, 1]
     assert_no_group_is_split(start["nodes"], 2)
-    assert len(cpus.nodes()) <= 2, "no more nodes than the plan needs"
     cpus.await_nodes({}, timeout_s=120)
+    assert len(cpus.nodes(with_ended=True)) == 2, "no more nodes were started than the plan needs"
 
 
 @pytest.mark.faults
@@ -76,6 +77,12 @@ def test_more_gpus_than_the_autoscaler_may_start_are_named_and_a_wait_has_an_end
         assert "5 GPU workers" in error and "max_workers" in error, error
         code, out, error = end(cluster.start(recipe, "parallel.wait_nodes_s=0", "parallel.device=cpu", "run.name=hasty"))
         assert code == 3 and "after 0 s (parallel.wait_nodes_s)" in error, out + error
+        stopped = cluster.start(recipe, "parallel.device=cpu", "run.name=stopped")
+        assert stopped.stdout is not None
+        assert any(line.startswith("waiting for ") for line in stopped.stdout)
+        stopped.send_signal(signal.SIGINT)
+        code, _, error = end(stopped, 60)
+        assert code == 130 and error.startswith("interrupted: "), error
         cluster.await_nodes({}, timeout_s=120)
     finally:
         cluster.close()
@@ -101,12 +108,16 @@ def test_a_node_that_is_lost_is_replaced_and_no_group_is_split(cpus: Autoscaled,
 
 @pytest.mark.faults
 @pytest.mark.timeout(900)
-def test_an_elastic_run_begins_with_the_nodes_that_there_can_be(tmp_path: Path, recipe: Path):
-    cluster = Autoscaled(tmp_path, {"cpu": ({"CPU": 3}, 1)})
+@pytest.mark.parametrize(("most_nodes", "steps", "workers"), [(1, 6, [2]), (2, 600, [2, 4])])
+def test_an_elastic_run_begins_with_the_fewest_and_takes_what_else_there_can_be(
+    tmp_path: Path, recipe: Path, most_nodes: int, steps: int, workers: list[int]
+):
+    cluster = Autoscaled(tmp_path, {"cpu": ({"CPU": 3}, most_nodes)})
     try:
-        code, out, error = end(cluster.start(recipe, *GANGS, "parallel.min_workers=2"), 500)
+        settings = (*GANGS, "parallel.min_workers=2", f"train.steps={steps}", "checkpoint.every_steps=100", "eval.rows=0")
+        code, out, error = end(cluster.start(recipe, *settings), 500)
         assert code == 0, out + error
-        assert [start["workers"] for start in starts(recipe)] == [2]
+        assert [start["workers"] for start in starts(recipe)] == workers
         cluster.await_nodes({}, timeout_s=120)
     finally:
         cluster.close()
