@@ -67,12 +67,14 @@ class Bandwidth:
 @dataclass(frozen=True)
 class Wanted:
     """What a run needs, or any. `versions`: the driver's. `free_bytes`: by what a disk is for; those not named need `least_free_bytes`.
-    `storage`: the URI that every node must write, None: not checked."""
+    `storage`: the URI that every node must write, None: not checked. `workers`: on GPUs, where there are some; 0 where it wants none.
+    `autoscaled`: whether nodes come when a run asks for them."""
 
     versions: dict[str, str | None]
     storage: str | None = None
     workers: int = 1
     cpus: float = 1.0
+    autoscaled: bool = False
     free_bytes: dict[str, int] | None = None
     least_free_bytes: int = 1 * GIB
     least_gb_per_s: float = 0.1
@@ -233,17 +235,19 @@ def _same_gpus(nodes: Sequence[NodeReport]) -> Iterator[Finding]:
 
 def _capacity(cpus: float, gpus: float, wanted: Wanted) -> Iterator[Finding]:
     rule = f"{wanted.cpus:g} logical CPUs or more"
+    too_few: Severity = "yellow" if wanted.autoscaled else "red"
+    coming = "Nothing, if the autoscaler may start as many: they come when a run asks. Else: " if wanted.autoscaled else ""
     if cpus < wanted.cpus:
-        fix = f"Start nodes with --num-cpus={wanted.cpus:g} in all, or lower parallel.workers or data.windows_ahead"
-        yield Finding("red", ALL_NODES, "CPUs", f"{cpus:g}", rule, fix)
+        fix = f"{coming}Start nodes with --num-cpus={wanted.cpus:g} in all, or lower parallel.workers or data.windows_ahead"
+        yield Finding(too_few, ALL_NODES, "CPUs", f"{cpus:g}", rule, fix)
     else:
         yield Finding("green", ALL_NODES, "CPUs", f"{cpus:g}", rule)
     if 0 < gpus < wanted.workers:
-        fix = f"Add GPU nodes, or set parallel.workers={gpus:g}"
+        fix = f"{coming}Add GPU nodes, or set parallel.workers={gpus:g}"
         yield Finding(
-            "red", ALL_NODES, "GPUs of the cluster", f"{gpus:g}", f"one for each of {wanted.workers} workers, or none at all", fix
+            too_few, ALL_NODES, "GPUs of the cluster", f"{gpus:g}", f"one for each of {wanted.workers} workers, or none at all", fix
         )
-    elif gpus:
+    elif gpus and wanted.workers:
         yield Finding("green", ALL_NODES, "GPUs of the cluster", f"{gpus:g}", f"one for each of {wanted.workers} workers")
 
 

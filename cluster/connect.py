@@ -11,6 +11,7 @@ import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 from cluster.errors import ClusterError
 from cluster.head import require_head
@@ -53,22 +54,15 @@ def is_private() -> bool:
     return not os.environ.get("RAY_ADDRESS")
 
 
-def cluster_gpus() -> float:
-    """GPUs of the connected cluster."""
-    import ray
-
-    return ray.cluster_resources().get("GPU", 0.0)
-
-
-def hardware() -> str:
-    """What a measurement of memory or speed holds for: the kinds of GPUs of the connected cluster; else CPUs, how many and with
+def hardware(on_gpus: bool) -> str:
+    """What a measurement of memory or speed holds for: the kinds of GPUs of the connected cluster; or CPUs, how many and with
     how much memory where that is this machine."""
     import psutil
     import ray
 
     resources = ray.cluster_resources()
     prefix = "accelerator_type:"
-    if resources.get("GPU"):
+    if on_gpus:
         return "GPU " + ", ".join(sorted(name.removeprefix(prefix) for name in resources if name.startswith(prefix)))
     if is_private():
         return f"{os.cpu_count()} CPUs, {round(psutil.virtual_memory().total / 2**30)} GiB"
@@ -82,28 +76,27 @@ def head_address() -> str:
     return ray.get_runtime_context().gcs_address
 
 
-def require_cpus(needed: int) -> None:
-    """Refuses a plan that would wait for ever."""
-    import ray
-
-    have = ray.cluster_resources().get("CPU", 0.0)
-    if have < needed:
-        raise ClusterError(
-            f"the run needs {needed} logical CPUs (its workers and its data tasks), and the cluster has {have:g}. "
-            f"Start the cluster with --num-cpus={needed} or more nodes, or lower parallel.workers or data.windows_ahead."
-        )
-
-
 def _connect(address: str) -> None:
     require_head(address)
     import ray
 
+    _log_what_the_head_tells()
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # Ray raises many kinds here
         text = str(error).strip()
         first = text.splitlines()[0] if text else type(error).__name__
         raise ClusterError(f"cannot connect to the cluster at {address}: {first}") from None
+
+
+def _log_what_the_head_tells() -> None:
+    """It tells every driver when a task waits for a node, in a paragraph on stdout: an autoscaler's every day."""
+    from ray._private import worker
+
+    def log(data: dict[str, Any], ignore_prefix: bool) -> None:
+        logging.getLogger("ray").warning("%s: %s", data.get("pid"), "\n".join(data["lines"]))
+
+    worker.print_to_stdstream = log
 
 
 def _end_left_over(folder: str) -> None:

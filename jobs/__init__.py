@@ -1,4 +1,4 @@
-"""Entry points, for `python -m jobs.X`, for `ray job submit` and for the console script.
+"""Entry points, for `python -m jobs.X`, for `headrace submit` and for the console script.
 
 Importing takes a second. Until a job takes over the signals, Ctrl-C and SIGTERM end a process that was started with `-m` without a word:
 nothing has been begun. (While Python looks for the module that `-m` names, `sys.argv[0]` is "-m".)

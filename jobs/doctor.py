@@ -6,12 +6,13 @@ import argparse
 import json
 import os
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
+from cluster.autoscaler import read_autoscaler
 from cluster.checks_facts import versions
 from cluster.checks_judge import Finding, Wanted, exit_code, judge
-from cluster.connect import connected
+from cluster.connect import connected, head_address, is_private
 from cluster.doctor import examine
 from cluster.errors import ClusterError
 from cluster.workers import total_cpus
@@ -68,6 +69,7 @@ def diagnose(config: RunConfig | None, timeout_s: float, least_gb_per_s: float) 
     wanted = needs_of(config, least_gb_per_s)
     with connected(int(wanted.cpus)):
         take_over_signals()  # Ray has put its own handler in their place
+        wanted = replace(wanted, autoscaled=not is_private() and read_autoscaler(head_address()).manages)
         findings: list[Finding] = []
         check = None
         shared = None
@@ -103,7 +105,7 @@ def needs_of(config: RunConfig | None, least_gb_per_s: float) -> Wanted:
     return Wanted(
         versions(),
         storage=storage,
-        workers=workers,
+        workers=0 if config.parallel.device == "cpu" else workers,
         cpus=total_cpus(workers, config.data.windows_ahead),
         free_bytes=_free_bytes(config),
         least_gb_per_s=least_gb_per_s,

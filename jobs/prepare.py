@@ -12,7 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from cluster.connect import connected, require_cpus
+from cluster.capacity import Waiting, await_cpus
+from cluster.connect import connected
 from llm.config import RunConfig
 from llm.config_file import load_run
 from llm.data.builtin import CORPUS_FOLDER, prepare_builtin, prepare_builtin_tokenizer
@@ -61,7 +62,7 @@ def fill_tokens(config: RunConfig) -> str:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     began_s, cpus = time.perf_counter(), os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as logs, redirect_noise(Path(logs) / "ray.log"), connected(cpus + 1):
-        require_cpus(cpus)
+        await_cpus(cpus, Waiting(config.parallel.wait_nodes_s, lambda line: print(line, file=sys.stderr)))
         from llm.data.stream import fill_cache  # imports Ray, which must be connected first
 
         found = fill_cache(recipe, cache, cpus)

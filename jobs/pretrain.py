@@ -11,9 +11,10 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from cluster.connect import cluster_gpus, connected, hardware, head_address, is_private, require_cpus
+from cluster.capacity import Waiting, await_workers
+from cluster.connect import connected, hardware, head_address, is_private
 from cluster.head import HeadWatch
-from cluster.workers import plan_workers, total_cpus
+from cluster.workers import Needs, total_cpus
 from jobs.exit_code import exit_code_of, take_over_signals
 from llm.config import RunConfig
 from llm.config_file import dump_run, load_run
@@ -82,27 +83,31 @@ def pretrain(config: RunConfig, started_at_s: float) -> None:
 
 def _train(config: RunConfig, prepared: Prepared, watcher: RunWatcher, lease: Lease, ray_folder: Path) -> None:
     parallel = config.parallel
-
     least = parallel.min_workers or parallel.workers
-    cpus = total_cpus(least if not is_private() else parallel.workers, config.data.windows_ahead)
+    cpus = total_cpus(parallel.workers, config.data.windows_ahead)
     with ExitStack() as stack:
         with watcher.progress.phase("connecting to Ray"):
             stack.enter_context(connected(cpus))
         take_over_signals()  # Ray has put its own handler in their place
-        require_cpus(cpus)
-        plan = plan_workers(least, parallel.tensor, cluster_gpus())
+        head = HeadWatch(head_address())
+
+        def keep() -> None:
+            lease.require()
+            head.look()
+
+        waiting = Waiting(parallel.wait_nodes_s, watcher.progress.note, keep)
+        plan = await_workers(Needs(least, parallel.tensor, config.data.windows_ahead, parallel.device), waiting)
         job = replace(prepared.job, fence=lease.fence.check)
         if is_open(config):
-            job = _with_microbatch(config, job, watcher)
+            job = _with_microbatch(config, job, watcher, hardware(plan.gpus_per_worker > 0))
         watcher.progress.waiting("starting the workers")
         from llm.train.launch import WorkerResources, fit  # imports Ray, which must be connected first
 
-        head, show = HeadWatch(head_address()), _shown_by_ray(config, job, watcher)
+        show = _shown_by_ray(config, job, watcher)
 
         def watch() -> None:
-            lease.require()
             show(watcher.poll())
-            head.look()
+            keep()
 
         resources = WorkerResources(plan.cpus_per_worker, plan.gpus_per_worker)
         fit(job, prepared.recipe, resources, str(ray_folder), watch)
@@ -118,9 +123,9 @@ def _shown_by_ray(config: RunConfig, job: Job, watcher: RunWatcher) -> Callable[
     return RayMetrics(config.run.name, live).show
 
 
-def _with_microbatch(config: RunConfig, job: Job, watcher: RunWatcher) -> Job:
+def _with_microbatch(config: RunConfig, job: Job, watcher: RunWatcher, kind: str) -> Job:
     """The job with what `train.microbatch_rows: auto` is here, which the run's record gets too."""
-    at_most, told = decide(job, hardware())
+    at_most, told = decide(job, kind)
     record_config(decided(config, at_most))
     watcher.settings = decided(config, at_most).model_dump()
     if told:

@@ -23,6 +23,7 @@ JOBS = {
     "sweep": ("jobs.sweep", ()),
     "tune-batch": ("jobs.tune_batch", ()),
     "prepare": ("jobs.prepare", ("--tokens",)),
+    "doctor": ("jobs.doctor", ()),
 }
 DETACHED = 130
 

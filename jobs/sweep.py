@@ -6,10 +6,12 @@ import argparse
 import os
 import sys
 import tempfile
+from functools import partial
 
-from cluster.connect import cluster_gpus, connected, head_address, is_private
+from cluster.capacity import Waiting, await_trials
+from cluster.connect import connected, head_address, is_private
 from cluster.head import HeadWatch
-from cluster.workers import concurrent_trials, total_cpus
+from cluster.workers import Needs, total_cpus
 from jobs.exit_code import exit_code_of, take_over_signals
 from llm.errors import TrainingError
 from llm.observe.quiet import quiet_search
@@ -58,20 +60,22 @@ def _search(study: Study, lease: Lease) -> None:
 
     base, limit = study.sweep.base, study.sweep.file.budget.max_concurrent
     workers = study.sweep.most_workers()
+    tensor = base.parallel.tensor if workers % base.parallel.tensor == 0 else 1
+    show = partial(print, file=sys.stdout, flush=True)  # which is a log below
     cpus = TRIAL_CPUS + total_cpus(workers, base.data.windows_ahead)
     at_once = limit or max(1, (os.cpu_count() or 1) // workers)
     with tempfile.TemporaryDirectory() as folder, quiet_search(study.sweep.uri), connected(cpus * at_once):
         take_over_signals()  # Ray has put its own handlers in their place
-        import ray
-
-        if not is_private():
-            at_once = concurrent_trials(limit, cpus, workers, ray.cluster_resources().get("CPU", 0.0), cluster_gpus())
         head = HeadWatch(head_address())
 
         def watch() -> None:
             lease.require()
             head.look()
 
+        if not is_private():
+            waiting = Waiting(base.parallel.wait_nodes_s, show, watch)
+            needs = Needs(workers, tensor, base.data.windows_ahead, base.parallel.device)
+            at_once = await_trials(limit, TRIAL_CPUS, needs, waiting)
         search(study, at_once, folder, watch)
 
 

@@ -10,9 +10,10 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cluster.connect import cluster_gpus, connected, hardware, head_address, require_cpus
+from cluster.capacity import Waiting, await_workers
+from cluster.connect import connected, hardware, head_address
 from cluster.head import HeadWatch
-from cluster.workers import WorkerPlan, plan_workers, total_cpus
+from cluster.workers import Needs, WorkerPlan, total_cpus
 from jobs.exit_code import exit_code_of, take_over_signals
 from llm.config import RunConfig
 from llm.config_file import load_run
@@ -61,8 +62,9 @@ def tune(config: RunConfig, started_at_s: float, memory_gib: float | None, steps
     logs = Path(tempfile.gettempdir() if is_s3(uri) else uri) / "logs" / "driver.log"
     with redirect_noise(logs), tempfile.TemporaryDirectory() as ray_folder, connected(cpus):
         take_over_signals()  # Ray has put its own handlers in their place
-        require_cpus(cpus)
-        plan, kind = plan_workers(parallel.workers, parallel.tensor, cluster_gpus()), hardware()
+        waiting = Waiting(parallel.wait_nodes_s, print, HeadWatch(head_address()).look)
+        plan = await_workers(Needs(parallel.workers, parallel.tensor, data.windows_ahead, parallel.device), waiting)
+        kind = hardware(plan.gpus_per_worker > 0)
         measured = _probe(prepared, plan, None if memory_gib is None else int(memory_gib * 2**30))
         usable = require_something_fits(config, measured)
         norms = _noise(prepared, plan, usable, steps, ray_folder)

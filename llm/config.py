@@ -105,6 +105,8 @@ class ParallelSection(Section):
     tensor: int = Field(default=1, ge=1, description="workers that share one copy of the model's matrices")
     zero_stage: Literal[0, 1, 2, 3] = 1
     offload: Literal["none", "optimizer", "all"] = Field(default="none", description="ZeRO offload to CPU memory; all: weights too")
+    device: Literal["auto", "gpu", "cpu"] = Field(default="auto", description="auto: GPUs where the cluster has some or can start some")
+    wait_nodes_s: float = Field(default=1800, ge=0, description="how long a run waits for room on its cluster before it begins")
 
     @property
     def data_size(self) -> int:

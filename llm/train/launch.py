@@ -20,7 +20,11 @@ from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.constants import HEALTH_CHECK_INTERVAL_S_ENV_VAR, WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
+from ray.train.v2._internal.constants import (
+    HEALTH_CHECK_INTERVAL_S_ENV_VAR,
+    WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
+    get_env_vars_to_propagate,
+)
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.util import ObjectRefWrapper
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -35,7 +39,9 @@ from llm.storage import join
 from llm.train import life, recovery
 from llm.train.controllers import DEATHS, Controllers
 from llm.train.elastic import with_workers
+from llm.train.gangs import CONTROLLER_SETTINGS, TrainController
 from llm.train.life import Incident
+from llm.train.recovery import NODE_ID_LABEL
 from llm.train.worker import DATASET, start_file, work
 from llm.watched import watched
 
@@ -72,6 +78,9 @@ KEEP_FREED_MEMORY = {
 }
 
 
+NO_GPUS = {"CUDA_VISIBLE_DEVICES": ""}  # a CPU worker may be on a node that has some
+
+
 @dataclass(frozen=True)
 class WorkerResources:
     cpus: float
@@ -92,7 +101,9 @@ class _Trainer(DataParallelTrainer):
             os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, str(ELASTIC_START_TIMEOUT_S))
         result = self._initialize_and_run_controller(
             train_fn_ref=ObjectRefWrapper(self._get_train_func()),
-            scaling_policy=recovery.LegalSizes(self._job, self.scaling_config) if elastic else recovery.AfterAWait(self.scaling_config),
+            scaling_policy=recovery.LegalSizes(self._job, self.scaling_config)
+            if elastic
+            else recovery.AfterAWait(self._job, self.scaling_config),
             failure_policy=recovery.Restarts(self._job),
             train_run_context=self.train_run_context,
             callbacks=self._create_default_callbacks(),
@@ -100,6 +111,17 @@ class _Trainer(DataParallelTrainer):
         if result.error:
             raise result.error
         return result
+
+    def _initialize_and_run_controller(self, **options: Any) -> Result:
+        """With a controller of our own, on the driver's node as Ray's."""
+        controller = ray.remote(TrainController).options(
+            num_cpus=0,
+            label_selector={NODE_ID_LABEL: ray.get_runtime_context().get_node_id()},
+            runtime_env={"env_vars": CONTROLLER_SETTINGS | get_env_vars_to_propagate()},
+        )
+        actor: Any = controller.remote(**options)
+        ray.get(actor.run.remote())
+        return ray.get(actor.get_result.remote())
 
     def _create_default_callbacks(self) -> list[Any]:
         """Without Ray's PlacementGroupCleaner: the driver cleans up after a dead controller (llm/train/controllers.py), and Ray after a
@@ -149,7 +171,7 @@ def fit(
             storage_path=ray_folder,
             worker_runtime_env={
                 "worker_process_setup_hook": "llm.train.preload.begin",
-                "env_vars": {} if resources.gpus else KEEP_FREED_MEMORY,
+                "env_vars": {} if resources.gpus else KEEP_FREED_MEMORY | NO_GPUS,
             },
         ),
         dataset_config=OneSplitPerDataRank(job.config.parallel.tensor),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -41,6 +41,7 @@ def train(
     start: TrainState,
     phases: Mapping[str, float] | None = None,
     *,
+    nodes: Sequence[int] = (),
     incident: Incident | None = None,
     wish: Callable[[], int] = lambda: 0,
     watchdog: Watchdog | Unwatched | None = None,
@@ -48,9 +49,9 @@ def train(
     """Trains from `start` (a fresh state, or the newest checkpoint's) to `train.last_step`; returns the last state. All ranks must
     call it.
 
-    `reader` is this data rank's access to the stream, None on tensor peers. `phases`: what the start-up so far took, in seconds, for the
-    record; `incident`: why the group before this one ended. Where `wish` is above 0 on any rank, all save and raise PlannedStop.
-    `watchdog`: told where training is. torch.distributed must be initialized.
+    `reader` is this data rank's access to the stream, None on tensor peers. For the record: `phases`, what the start-up so far took, in
+    seconds; `nodes`, the number of each rank's; `incident`, why the group before this one ended. Where `wish` is above 0 on any rank, all
+    save and raise PlannedStop. `watchdog`: told where training is. torch.distributed must be initialized.
     """
     config, started, clock = job.config, dict(phases or {}), ForwardClock()
     watchdog = watchdog or Unwatched()
@@ -74,7 +75,8 @@ def train(
         recorder.resume_at(start.step, incident, started, is_start=checkpoints.is_start)
         # After the restoring: it may have gone back to an older checkpoint, and the stream begins where that one stands.
         fetcher = fetch_batches(job, mesh, reader, start, config.train.last_step - start.step, stop=wish, pace=clock.take)
-        recorder.event("start", total_steps=config.train.steps, workers=mesh.world_size, precision=precision, device=device_name)
+        about = {"total_steps": config.train.steps, "workers": mesh.world_size, "precision": precision, "device": device_name}
+        recorder.event("start", **about, nodes=list(nodes))
         with checkpoints:
             return _train_and_save(job, engine, checkpoints, fetcher, recorder, start, watchdog)
     finally:

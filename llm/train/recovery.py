@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
-from typing import Any
 
 import ray
 from ray._private.state import state as ray_state
@@ -17,9 +16,10 @@ from ray.train import FailureConfig, ScalingConfig
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
-from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, NoopDecision, ResizeDecision, ScalingDecision
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision, ScalingDecision
 from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, TrainingFailedError, WorkerGroupError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from llm.checkpoint.store import CheckpointStore
 from llm.errors import HeadraceError, RecoveryError
@@ -30,6 +30,7 @@ from llm.storage import exists, join, read_bytes
 from llm.train import life
 from llm.train.causes import Budget, Cause, Failure, failure_of
 from llm.train.elastic import legal_workers, place_workers
+from llm.train.gangs import AsksForGroups, group_bundle
 from llm.train.life import Incident
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ class Restarts(FailurePolicy):
         return FailureDecision.RETRY
 
 
-class AfterAWait(FixedScalingPolicy):
+class AfterAWait(AsksForGroups):
     """As many workers as the run has, once the wait of `Restarts` is over."""
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
@@ -103,7 +104,7 @@ class AfterAWait(FixedScalingPolicy):
         return super().make_decision_for_non_running_worker_group()
 
 
-class LegalSizes(FixedScalingPolicy):
+class LegalSizes(AsksForGroups):
     """As many workers as fit on the nodes that are there, at the run's legal sizes, each bound to its node. When nodes come back, the
     running group is asked to save and stop, and starts again with more.
 
@@ -111,12 +112,13 @@ class LegalSizes(FixedScalingPolicy):
     """
 
     def __init__(self, job: Job, scaling_config: ScalingConfig) -> None:
-        super().__init__(scaling_config)
+        super().__init__(job, scaling_config)
         self._config = job.config
         self._legal = legal_workers(job.config)
         self._train_run_context: TrainRunContext | None = None
         self._looked_at_s = time.monotonic()
         self._more = 0  # looks in a row that found room for more
+        self._asked: PlacementGroup | None = None  # for the fewest workers, while there is no room for them
 
     def after_controller_start(self, train_run_context: TrainRunContext) -> None:
         self._train_run_context = train_run_context
@@ -128,14 +130,18 @@ class LegalSizes(FixedScalingPolicy):
             return NoopDecision()
         nodes = self._placement()
         if not nodes:
+            self._ask()
             time.sleep(WAIT_FOR_NODES_S)
             return NoopDecision()
+        if self._asked is not None:
+            remove_placement_group(self._asked)
+            self._asked = None
         logger.info("recovery: %d workers on %d nodes", len(nodes), len(set(nodes)))
         assert self._train_run_context is not None
         # The list that the controller reads when it makes the group: one label a worker.
         self._train_run_context.scaling_config.label_selector = [{NODE_ID_LABEL: node} for node in nodes]
         self._more, self._looked_at_s = 0, time.monotonic()
-        return ResizeDecision(len(nodes), self._per_worker())
+        return ResizeDecision(len(nodes), self.per_worker())
 
     def make_decision_for_running_worker_group(
         self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
@@ -149,13 +155,15 @@ class LegalSizes(FixedScalingPolicy):
                 worker_group_state.workers[0].actor.execute.remote(life.ask_to_stop, life.Wish.GROWTH)
         return NoopDecision()
 
-    def _per_worker(self) -> dict[str, float]:
-        found: Any = self.scaling_config._resources_per_worker_not_none  # wrongly annotated in Ray
-        return dict(found)
+    def _ask(self) -> None:
+        """Has an autoscaler start nodes for the fewest workers: what it is told of all is void where it cannot start nodes for all."""
+        if self._asked is None:
+            group = group_bundle(self.per_worker(), self.tensor)
+            self._asked = placement_group([group] * (self._legal[-1] // self.tensor) + [{"CPU": 1.0}] * self._config.data.windows_ahead)
 
     def _placement(self) -> list[str]:
         """The node of each worker that the cluster has room for, the data tasks' CPUs left free."""
-        needed = self._per_worker()
+        needed = self.per_worker()
         leaving = ray_state.get_draining_nodes() or {}
         alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
         room = {

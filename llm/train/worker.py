@@ -16,6 +16,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import ray
 import ray.train
 
 from llm.checkpoint.start import first_state
@@ -85,12 +86,12 @@ def _train(job: Job, mesh: Mesh, reader: ShardReader | None, start: TrainState, 
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     watchdog = _watchdog(job, mesh)
     try:
-        _require_tensor_groups_on_nodes(mesh, context.get_node_rank())
+        nodes = _nodes_of_ranks(mesh)
         watchdog.start(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
         if job.noise_steps:
             measure_noise(job, mesh, reader, start, watchdog)
         else:
-            train(job, mesh, reader, start, phases, incident=life.incident(), wish=life.wish, watchdog=watchdog)
+            train(job, mesh, reader, start, phases, nodes=nodes, incident=life.incident(), wish=life.wish, watchdog=watchdog)
     finally:
         watchdog.close()
         dist.destroy_process_group()
@@ -120,17 +121,21 @@ def _fail_as_hanging(error: HangError) -> None:
     exit_at_once(error)
 
 
-def _require_tensor_groups_on_nodes(mesh: Mesh, node_rank: int) -> None:
+def _nodes_of_ranks(mesh: Mesh) -> list[int]:
+    """Each rank's node, numbered from 0 in the order of ranks. Raises TrainingError where this rank's tensor group lies on several."""
     import torch
     import torch.distributed as dist
 
-    nodes = [torch.zeros(1, dtype=torch.int64) for _ in range(mesh.world_size)]
-    dist.all_gather(nodes, torch.tensor([node_rank]))
-    if len({int(nodes[rank]) for rank in mesh.tensor_group}) > 1:
+    told = [torch.zeros(1, dtype=torch.int64) for _ in range(mesh.world_size)]
+    dist.all_gather(told, torch.tensor([int(ray.get_runtime_context().get_node_id()[-15:], 16)]))  # what an int64 holds of it
+    numbers: dict[int, int] = {}
+    nodes = [numbers.setdefault(int(node), len(numbers)) for node in told]
+    if len({nodes[rank] for rank in mesh.tensor_group}) > 1:
         raise TrainingError(
             f"the tensor group of ranks {list(mesh.tensor_group)} lies on several nodes; its matrices talk to each other in every layer. "
             f"Use nodes whose number of GPUs is a multiple of parallel.tensor={mesh.tensor_size}."
         )
+    return nodes
 
 
 class ShardReader:

@@ -111,6 +111,9 @@ def test_a_clock_is_off_only_by_what_the_round_trip_leaves_no_doubt_of():
     ("changes", "told"),
     [
         ({"cpus": 3}, [("red", "CPUs")]),
+        ({"cpus": 3, "autoscaled": True}, [("yellow", "CPUs")]),
+        ({"gpus": 1, "autoscaled": True}, [("yellow", "GPUs of the cluster")]),
+        ({"gpus": 1, "workers": 0}, []),
         ({"gpus": 1}, [("red", "GPUs of the cluster")]),
         ({"gpus": 2}, []),
         ({"bandwidth": replace(BANDWIDTH, gb_per_s={}, error="2 of 2 ranks failed")}, [("red", "gloo all-reduce")]),

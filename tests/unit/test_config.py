@@ -170,7 +170,10 @@ def test_anchors_and_merge_keys_work(load) -> None:
             "s3.endpoint_url='localhost:9000' must be text that matches ^https?://, or null. Nearest legal value: 'http://localhost:9000'",
         ),
         ("model.config={1: 2}", 'model.config={"1": 2} must be a mapping of names to plain values'),
-        ("parallel=4", "parallel=4 must be a section, a mapping of workers, min_workers, tensor, zero_stage, offload"),
+        (
+            "parallel=4",
+            "parallel=4 must be a section, a mapping of workers, min_workers, tensor, zero_stage, offload, device, wait_nodes_s",
+        ),
         ("data.sources.0=docs", "data.sources.0='docs' must be a section, a mapping of name, uri, weight, text_field"),
         (
             "data.sources=[]",

@@ -188,10 +188,12 @@ def test_a_job_runs_its_module_with_the_configuration_of_the_working_directory(f
     with fake_job_server(fake()) as there:
         words = ["--address", there.address, "--config", "sub/run.yaml", "--set", "train.lr=1e-3", "--no-wait"]
         assert job.main(["tune-batch", *words, "--working-dir", "."]) == 0, capsys.readouterr().err
+        assert job.main(["doctor", *words, "--working-dir", "."]) == 0
         assert job.main(["prepare", *words, "--working-dir", "sub", "--id", "mine"]) == 0
-    tuned, prepared = there.submitted
+    tuned, looked, prepared = there.submitted
     assert (tuned["submission_id"], prepared["submission_id"]) == ("small-tune-batch", "mine")
     assert tuned["entrypoint"] == "exec python -m jobs.tune_batch --config sub/run.yaml --set train.lr=1e-3"
+    assert looked["entrypoint"] == "exec python -m jobs.doctor --config sub/run.yaml --set train.lr=1e-3"
     assert prepared["entrypoint"] == "exec python -m jobs.prepare --tokens --config run.yaml --set train.lr=1e-3"
     assert [f"gcs://{name}" for name in there.packages] == [each["runtime_env"]["working_dir"] for each in there.submitted]
     assert "headrace jobs stop mine --address http://" in capsys.readouterr().out

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from llm.errors import TrainingError
 from llm.job import Job
 from llm.parallel.mesh import Mesh
-from llm.train.launch import KEEP_FREED_MEMORY, WorkerResources
+from llm.train.launch import KEEP_FREED_MEMORY, NO_GPUS, WorkerResources
 from llm.train.tune.events import Event, ProbeTask, RankDiedError
 
 PLACEMENT_TIMEOUT_S = 300.0
@@ -70,7 +70,7 @@ class RayProbes:
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=mesh.data_rank),
             runtime_env={
                 "worker_process_setup_hook": "llm.train.preload.begin",
-                "env_vars": {} if self.resources.gpus else KEEP_FREED_MEMORY,
+                "env_vars": {} if self.resources.gpus else KEEP_FREED_MEMORY | NO_GPUS,
             },
         ).remote()
 
