@@ -46,6 +46,14 @@ def test_a_probe_on_a_slower_machine_is_brought_to_the_first():
     assert speed_of([{}, {}]) is None
 
 
+def test_what_several_probes_have_timed_counts_with_its_mean():
+    speed = speed_of(
+        [{(4, 1): [2.0], (8, 1): [4.0]}, {(4, 1): [1.0], (8, 1): [2.2]}]
+    )  # the second ran on a machine twice as fast, or nearly
+    assert speed is not None
+    assert speed.steps[4, 1] / speed.steps[8, 1] == pytest.approx((2.0 + 1.0 * 1.909) / (4.0 + 2.2 * 1.909), rel=1e-3)
+
+
 def test_a_size_that_was_not_timed_is_as_fast_a_row_as_its_neighbour():
     speed = speed_of([samples(1.0, 1, 4)])
     assert speed is not None

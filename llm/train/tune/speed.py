@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import fmean, median
 
 LEAST_FRAC = 0.05  # of a step, that its microbatches take at least
 KNEE_FRAC = 0.95  # of the most tokens/s
@@ -47,16 +47,17 @@ def speed_of(probes: Sequence[Samples]) -> Speed | None:
     """From what each probe timed; None where none did.
 
     Another probe ran at another moment of the machine. So the times of each are brought to those of the first by what both have measured:
-    each probe times a size again that one before it has.
+    each probe times a size again that one before it has. A step that several have timed counts with their mean.
     """
-    merged: dict[tuple[int, int], float] = {}
+    found: dict[tuple[int, int], list[float]] = {}
     spreads = [median(times) / min(times) - 1 for samples in probes for times in samples.values() if times]
     for samples in probes:
         here = {key: min(times) for key, times in samples.items() if times}
-        common = [merged[key] / here[key] for key in here if key in merged]
+        common = [fmean(found[key]) / here[key] for key in here if key in found]
         factor = median(common) if common else 1.0
         for key, step_s in here.items():
-            merged.setdefault(key, step_s * factor)
+            found.setdefault(key, []).append(step_s * factor)
+    merged = {key: fmean(times) for key, times in found.items()}
     if not merged:
         return None
     most = {rows: max(count for size, count in merged if size == rows) for rows in sorted({rows for rows, _ in merged})}
