@@ -195,7 +195,8 @@ def test_a_job_runs_its_module_with_the_configuration_of_the_working_directory(f
     assert tuned["entrypoint"] == "exec python -m jobs.tune_batch --config sub/run.yaml --set train.lr=1e-3"
     assert looked["entrypoint"] == "exec python -m jobs.doctor --config sub/run.yaml --set train.lr=1e-3"
     assert prepared["entrypoint"] == "exec python -m jobs.prepare --tokens --config run.yaml --set train.lr=1e-3"
-    assert [f"gcs://{name}" for name in there.packages] == [each["runtime_env"]["working_dir"] for each in there.submitted]
+    sent = [each["runtime_env"]["working_dir"] for each in there.submitted]
+    assert [f"gcs://{name}" for name in there.packages] == list(dict.fromkeys(sent)), "the same files are sent once"
     assert "headrace jobs stop mine --address http://" in capsys.readouterr().out
 
 
