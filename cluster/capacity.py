@@ -43,7 +43,7 @@ def await_workers(needs: Needs, waiting: Waiting) -> WorkerPlan:
     where it cannot start such nodes; after `waiting.at_most_s` with what is missing.
     """
     nodes = _nodes()
-    on_gpus = needs.device == "gpu" or (needs.device == "auto" and any(node.gpus for node in nodes))
+    on_gpus = _takes_gpus(needs, nodes)
     manages = not is_private() and read_autoscaler(head_address()).manages
     if manages and needs.device == "auto" and not on_gpus:
         on_gpus = _can_start(plan_workers(needs, on_gpus=True).bundles, waiting) or _can_start([{"GPU": 1.0}], waiting)
@@ -66,7 +66,8 @@ def await_trials(limit: int | None, driver_cpus: int, needs: Needs, waiting: Wai
 
     `needs`: of the largest trial; `driver_cpus`: of the process that waits for a trial's run. Raises ClusterError as `await_workers`.
     """
-    if read_autoscaler(head_address()).manages:
+    manages = read_autoscaler(head_address()).manages
+    if manages:
         plan = await_workers(needs, waiting)
         one = [*plan.bundles, {"CPU": float(driver_cpus)}]
         try:
@@ -75,6 +76,8 @@ def await_trials(limit: int | None, driver_cpus: int, needs: Needs, waiting: Wai
             await_bundles(one, f"a trial of {plan}", "parallel.workers", waiting)
     nodes = _nodes()
     cpus = sum(node.cpus for node in nodes)
+    if not manages:
+        require_room(plan_workers(needs, _takes_gpus(needs, nodes)), nodes)
     gpus = 0.0 if needs.device == "cpu" else sum(node.gpus for node in nodes)
     return concurrent_trials(limit, driver_cpus + total_cpus(needs.workers, needs.windows_ahead), needs.workers, cpus, gpus)
 
@@ -192,6 +195,10 @@ def _in_use() -> bool:
 
     whole, free = ray.cluster_resources(), ray.available_resources()
     return any(free.get(name, 0.0) < whole.get(name, 0.0) for name in ("CPU", "GPU"))
+
+
+def _takes_gpus(needs: Needs, nodes: Sequence[Node]) -> bool:
+    return needs.device == "gpu" or (needs.device == "auto" and any(node.gpus for node in nodes))
 
 
 def _nodes() -> list[Node]:

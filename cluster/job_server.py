@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -62,20 +63,23 @@ class JobServer:
 
     def jobs(self) -> list[JobState]:
         """All submitted jobs, the oldest first."""
-        told = [_state(job) for job in self._ask("GET", "/api/jobs/").json() if job.get("submission_id")]
+        with self._understood():
+            told = [_state(job) for job in self._ask("GET", "/api/jobs/").json() if job.get("submission_id")]
         return sorted(told, key=lambda job: job.began_at_s or 0.0)
 
     def job(self, job_id: str) -> JobState:
-        return _state(self._ask("GET", f"/api/jobs/{quote(job_id, safe='')}").json())
+        with self._understood():
+            return _state(self._ask("GET", _job_path(job_id)).json())
 
     def log(self, job_id: str) -> str:
-        return self._ask("GET", f"/api/jobs/{quote(job_id, safe='')}/logs").json()["logs"] or ""
+        with self._understood():
+            return self._ask("GET", f"{_job_path(job_id)}/logs").json()["logs"] or ""
 
     async def tail(self, job_id: str) -> AsyncIterator[str]:
         """The log from its start, in pieces, until the job has ended or the connection breaks: the caller asks which."""
         import aiohttp
 
-        url = f"{self.address}/api/jobs/{quote(job_id, safe='')}/logs/tail"
+        url = f"{self.address}{_job_path(job_id)}/logs/tail"
         try:
             async with aiohttp.ClientSession(headers=_bearer(read_token())) as session:
                 async with session.ws_connect(url, heartbeat=SILENCE_S) as stream:
@@ -100,20 +104,25 @@ class JobServer:
 
     def stop(self, job_id: str) -> None:
         """Asks the job to end; returns at once."""
-        self._ask("POST", f"/api/jobs/{quote(job_id, safe='')}/stop")
+        self._ask("POST", f"{_job_path(job_id)}/stop")
 
     def _require_same_ray(self) -> None:
-        answer = self._ask("GET", "/api/version")
-        try:
-            there = str(answer.json()["ray_version"])
-        except (ValueError, LookupError, TypeError):
-            raise ClusterError(f"{self.address} answers, but not as Ray's job server. {_PORT_HINT}") from None
+        with self._understood():
+            there = self._ask("GET", "/api/version", missing=True).json()["ray_version"].strip()
         here = metadata.version("ray")
         if there != here:
             raise ClusterError(
                 f"the head at {self.address} runs Ray {there}, and this client has Ray {here}. Install ray=={there} here (an environment "
                 "made with the cluster's constraints.txt), or start the cluster with an image of this version."
             )
+
+    @contextmanager
+    def _understood(self) -> Iterator[None]:
+        """An answer that is none of Ray's."""
+        try:
+            yield
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise ClusterError(f"{self.address} answers, but not as Ray's job server. {_PORT_HINT}") from None
 
     def _ask(self, method: str, path: str, missing: bool = False, **content: Any) -> requests.Response:
         """The answer, of status 200, or 404 with `missing`."""
@@ -125,7 +134,7 @@ class JobServer:
             ) from None
         except (requests.exceptions.ConnectTimeout, requests.exceptions.ConnectionError) as error:
             raise HeadLostError(f"nobody answers at {self.address} ({_reason(error)}). {_PORT_HINT}") from None
-        except requests.exceptions.RequestException as error:
+        except (requests.exceptions.RequestException, ValueError) as error:  # a host that is none is told by many kinds
             raise HeadLostError(f"{self.address} did not answer {method} {path}: {type(error).__name__}. {_PORT_HINT}") from None
         if answer.status_code in (401, 403):
             raise ClusterError(_refused(self.address, answer.status_code))
@@ -161,16 +170,23 @@ def read_token() -> str | None:
     if os.environ.get("RAY_AUTH_MODE") == "disabled":
         return None
     if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
-        return token
+        return _sendable(token, "RAY_AUTH_TOKEN")
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
     path = Path(named).expanduser() if named else Path.home() / ".ray" / "auth_token"
     try:
-        return path.read_text().strip() or None
+        token = path.read_text().strip()
     except (OSError, ValueError) as error:
         if named:
             why = getattr(error, "strerror", None) or type(error).__name__
             raise ClusterError(f"RAY_AUTH_TOKEN_PATH={named} cannot be read ({why}). Name the file that holds the token.") from None
         return None
+    return _sendable(token, str(path)) if token else None
+
+
+def _sendable(token: str, where: str) -> str:
+    if not (token.isascii() and token.isprintable()):
+        raise ClusterError(f"the token of {where} holds a line break or a character that no token has. Copy the cluster's anew.")
+    return token
 
 
 def _bearer(token: str | None) -> dict[str, str]:
@@ -194,12 +210,21 @@ def _http_address(address: str | None) -> str:
     if not named:
         raise ClusterError(f"no address of a cluster is given. {_PORT_HINT}")
     full = named if "://" in named else f"http://{named}"
-    parts = urlsplit(full)
+    try:
+        parts = urlsplit(full)
+    except ValueError:
+        raise ClusterError(f"{named} is no address of a job server. {_PORT_HINT}") from None
     if "@" in parts.netloc:
         raise ClusterError("the address holds a user name or password. Leave them out: the token comes from RAY_AUTH_TOKEN.")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/") or parts.query:
         raise ClusterError(f"{named} is no address of a job server. {_PORT_HINT}")
     return f"{parts.scheme}://{parts.netloc}"
+
+
+def _job_path(job_id: str) -> str:
+    if not job_id.strip("."):
+        raise ClusterError(f"no job can be called {job_id!r}. `headrace jobs list` tells which there are.")
+    return f"/api/jobs/{quote(job_id, safe='')}"
 
 
 def _package_path(uri: str) -> str:

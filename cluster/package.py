@@ -74,6 +74,8 @@ def _files(folder: Path, excludes: Sequence[Callable[[Path], bool]], above: tupl
     for path in entries:
         if path.name in NEVER or any(excluded(path) for excluded in excludes):
             continue
+        if not _is_utf8(path.name):
+            raise SubmitError(f"{str(path)!r} has a name that is not UTF-8, which no archive can hold. Rename it, or add it to .rayignore.")
         if path.is_dir():
             real = path.resolve()
             if real in above:
@@ -122,6 +124,13 @@ def _archive(folder: Path, files: Sequence[Path]) -> bytes:
             except OSError as error:
                 raise SubmitError(f"{path} cannot be packed: {error.strerror}. Make it readable, or add it to .rayignore.") from None
     return buffer.getvalue()
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _mib(size: int) -> str:

@@ -9,7 +9,7 @@ workers on one and one on the other would fill them too, and split a group.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from cluster.errors import ClusterError
@@ -73,37 +73,63 @@ def group_places(plan: WorkerPlan, nodes: Sequence[Node]) -> list[int]:
     return slots[: plan.num_workers // plan.tensor]
 
 
+def has_room(plan: WorkerPlan, nodes: Sequence[Node]) -> bool:
+    """Whether nodes of these sizes, empty, hold the plan."""
+    cpus = sum(int(node.cpus) for node in nodes)
+    groups = plan.num_workers // plan.tensor
+    return len(group_places(plan, nodes)) == groups and cpus >= total_cpus(plan.num_workers, plan.windows_ahead)
+
+
 def require_room(plan: WorkerPlan, nodes: Sequence[Node]) -> None:
     """Raises ClusterError, with the nearest legal value, where nodes of these sizes can never hold the plan, however empty they are."""
+    if has_room(plan, nodes):
+        return
     cpus, gpus = sum(int(node.cpus) for node in nodes), sum(node.gpus for node in nodes)
     groups, placed = plan.num_workers // plan.tensor, len(group_places(plan, nodes))
-    needed = total_cpus(plan.num_workers, plan.windows_ahead)
-    of_gpus = plan.gpus_per_worker > 0
-    unit = "GPUs" if of_gpus else "logical CPUs"
-    if placed == groups and cpus >= needed:
-        return
-    if of_gpus and gpus < plan.num_workers:
-        legal = int(gpus) // plan.tensor * plan.tensor
-        fix = f"Nearest legal value: parallel.workers={legal}" if legal else f"Lower parallel.tensor={plan.tensor} too"
-        fix = fix if gpus else "Nearest legal value: parallel.device=cpu"
-        raise ClusterError(f"parallel.workers={plan.num_workers} needs {plan.num_workers} GPUs, and the cluster has {gpus:g}. {fix}.")
-    if cpus < needed:
-        raise ClusterError(
-            f"the run needs {needed} logical CPUs (its workers and its data tasks), and the cluster has {cpus:g}. "
-            f"Start the cluster with --num-cpus={needed} or more nodes, or lower parallel.workers or data.windows_ahead."
+    needed, nearest = total_cpus(plan.num_workers, plan.windows_ahead), _nearest(plan, nodes)
+    if plan.gpus_per_worker and gpus < plan.num_workers:
+        told = f"parallel.workers={plan.num_workers} needs {plan.num_workers} GPUs, and the cluster has {gpus:g}"
+        nearest = nearest if gpus else "Nearest legal value: parallel.device=cpu"
+    elif cpus < needed:
+        told = f"the run needs {needed} logical CPUs (its workers and its data tasks), and the cluster has {cpus:g}"
+        nearest = f"Start the cluster with --num-cpus={needed} or more nodes, or lower parallel.workers or data.windows_ahead. {nearest}"
+    elif not placed:
+        told = (
+            f"parallel.tensor={plan.tensor} needs a node of {_shape(plan)}, as a tensor group lies inside one, and the nodes are of "
+            f"{_sizes(plan, nodes)}"
         )
-    if not placed:
-        largest = max(int(node.gpus if of_gpus else node.cpus) for node in nodes)
-        legal = max(size for size in range(1, largest + 1) if plan.num_workers % size == 0)
-        raise ClusterError(
-            f"parallel.tensor={plan.tensor} needs a node of {plan.tensor} {unit}, as a tensor group lies inside one, and the largest node "
-            f"has {largest}. Nearest legal value: parallel.tensor={legal}."
+    else:
+        told = (
+            f"parallel.workers={plan.num_workers} are {groups} tensor groups of {plan.tensor}, each inside one node of {_shape(plan)} for "
+            f"each group, and the nodes, of {_sizes(plan, nodes)}, have room for {placed}"
         )
-    raise ClusterError(
-        f"parallel.workers={plan.num_workers} are {groups} tensor groups of {plan.tensor}, each inside one node, and the nodes have room "
-        f"for {placed}. Nearest legal value: parallel.workers={placed * plan.tensor}. Or use nodes whose number of {unit} is a multiple of "
-        f"parallel.tensor={plan.tensor}."
-    )
+    raise ClusterError(f"{told}. {nearest}.")
+
+
+def _nearest(plan: WorkerPlan, nodes: Sequence[Node]) -> str:
+    """The plan that has room and is nearest: fewer workers, or smaller tensor groups, or both."""
+    sizes = [size for size in range(plan.tensor, 0, -1) if plan.num_workers % size == 0]
+    fewer = [replace(plan, num_workers=workers) for workers in range(plan.num_workers, 0, -plan.tensor)]
+    smaller = [replace(plan, tensor=size) for size in sizes]
+    both = [replace(plan, tensor=size, num_workers=workers) for size in sizes for workers in range(plan.num_workers, 0, -size)]
+    found = next((each for each in (*fewer, *smaller, *both) if has_room(each, nodes)), None)
+    if found is None:
+        return "No number of workers has room: use larger nodes, or more of them"
+    values = [f"parallel.workers={found.num_workers}"] if found.num_workers != plan.num_workers else []
+    values += [f"parallel.tensor={found.tensor}"] if found.tensor != plan.tensor else []
+    return f"Nearest legal value{'s' if len(values) > 1 else ''}: {' with '.join(values)}"
+
+
+def _shape(plan: WorkerPlan) -> str:
+    """What a tensor group takes of its node."""
+    cpus = f"{plan.cpus_per_worker * plan.tensor:g} logical CPUs"
+    return f"{plan.gpus_per_worker * plan.tensor:g} GPUs and {cpus}" if plan.gpus_per_worker else cpus
+
+
+def _sizes(plan: WorkerPlan, nodes: Sequence[Node]) -> str:
+    """'4 GPUs and 2 CPUs, or 0 GPUs and 16 CPUs'"""
+    kinds = dict.fromkeys(f"{node.gpus:g} GPUs and {node.cpus:g} CPUs" if plan.gpus_per_worker else f"{node.cpus:g} CPUs" for node in nodes)
+    return ", or ".join(kinds)
 
 
 def _groups_on(plan: WorkerPlan, node: Node) -> int:

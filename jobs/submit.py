@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import shlex
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -26,6 +26,7 @@ JOBS = {
     "doctor": ("jobs.doctor", ()),
 }
 DETACHED = 130
+JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,17 +50,18 @@ def main(argv: list[str] | None = None) -> int:
 def send(options: argparse.Namespace) -> int:
     name, files = described(options.job, options.config, options.set)
     base = options.id or name
-    if not all(letter.isascii() and (letter.isalnum() or letter in "._-") for letter in base):
-        raise SubmitError(f"--id {base!r} may hold letters, digits, '.', '_' and '-' only.")
-    if without_secrets(told := shlex.join(options.set)) != told:
+    if any(without_secrets(told) != told for told in (base, *options.set)):
         raise SubmitError(
-            "a --set holds a credential, or the value of a secret variable of this environment: the job server shows the commands of all "
-            "jobs. Set that variable where the job runs, in the cluster's environment."
+            "a --set or the job's name holds a credential, or the value of a secret variable of this environment: the job server shows the "
+            "commands of all jobs. Set that variable where the job runs, in the cluster's environment."
         )
+    if not JOB_ID.fullmatch(base):
+        raise SubmitError(f"--id {base!r} must be a letter or digit and up to 99 more, or '.', '_' and '-'.")
     package = pack(options.working_dir, files)
     server = JobServer(options.address)
     module, more = JOBS[options.job]
-    arguments = [*more, "--config", inside(options.working_dir, Path(options.config)).as_posix()]
+    where = inside(options.working_dir, Path(options.config)).as_posix()
+    arguments = [*more, "--config", f"./{where}" if where.startswith("-") else where]
     for change in options.set:
         arguments += ["--set", change]
     sent = submit(server, base, module, arguments, package)

@@ -12,14 +12,19 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, quote_plus, unquote, urlsplit
 
 HIDDEN = "***"
 SHORTEST = 8  # a shorter value is a word, and would be blanked all over
-_WORDS = "TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|KEY|KEY_ID|APIKEY|SAS|CONNECTION_STRING|COOKIE|SIGNATURE"
-SECRET_VARIABLE = re.compile(rf"(?:^|_)(?:{_WORDS})(?:_\d+)?$", re.I)
+# PGPASSWORD, HF_TOKEN, AWS_ACCESS_KEY_ID, DB_PASS, GITHUB_PAT, SIGNING_KEY_V2; not PWD, which is a folder.
+SECRET_VARIABLE = re.compile(
+    r"(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|APIKEY|CONNECTION_STRING"
+    r"|(?:^|_)(?:KEY|KEY_ID|SAS|COOKIE|SIGNATURE|JWT)|_(?:PASS|PWD|PAT|AUTH|AUTH_CONFIG))(?:_?V?\d+)?$",
+    re.I,
+)
 # Of a URI's query: AWS's and Google's signed URLs, Azure's SAS (sig), and what others call it.
 SECRET_PARAMETER = re.compile(
     r"(?:token|secret|password|passwd|passphrase|credentials?|signature|(?:access|secret|api|private)[-_]?key(?:[-_]?id)?"
@@ -28,10 +33,12 @@ SECRET_PARAMETER = re.compile(
 )
 # A password may hold @ and /: where there is one (a colon, and no port behind it), up to the last @ of the word; else up to the last before
 # the path. One that begins with digits and a slash cannot be told from a port and a path.
-_USER_AND_PASSWORD = re.compile(r"(?<=://)(?:[^/\s@:'\"]*:(?!\d{0,5}(?:[/?#\s'\"]|$))[^\s'\"]*@|[^/\s?#'\"]*@)")
+_USER_AND_PASSWORD = re.compile(r"(?<=://)(?:[^/\s@:'\"]{0,256}:(?!\d{0,5}(?:[/?#\s'\"]|$))[^\s'\"]{0,1024}@|[^/\s?#'\"]{0,1024}@)")
 _PARAMETER = re.compile(r"(?<=[?&;])([\w.%-]+)=([^&;#\s'\"<>]*)")
+# After "Bearer" and the like one word; after these two the rest of the line.
 _AUTHORIZATION = re.compile(
-    r"(?i)(\b(?:x-ray-)?authorization\b['\"]?\s*[:=]\s*['\"]?(?:(?:bearer|basic|digest|token)\s+)?+)((?!\*\*\*)[^\s'\",;]+)"
+    r"(?i)(\b(?:x-ray-)?authorization\b(?:['\"]\s*,|['\"]?\s*[:=])\s*[\[(]?\s*(?:b?['\"])?"
+    r"(?:(?P<line>(?:digest|aws4-hmac-sha256)\s+)|(?:bearer|basic|token|apikey)\s+)?+)((?!\*\*\*)(?(line)[^\n]+|[^\s'\",;]+))"
 )
 
 
@@ -60,7 +67,8 @@ def cleaned(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: cleaned(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(cleaned(each) for each in value)
+        make = getattr(value, "_make", list if isinstance(value, list) else tuple)  # a named tuple's own
+        return make(cleaned(each) for each in value)
     return value
 
 
@@ -69,12 +77,13 @@ def credential_in(uri: str) -> str | None:
     is, as in every local path."""
     if "://" not in uri:
         return None
-    if _USER_AND_PASSWORD.search(uri):
-        return "a user name or password"
     try:
-        query = urlsplit(uri).query
+        parts = urlsplit(uri)
+        host, query = parts.netloc, f"{parts.query}&{parts.fragment}"
     except ValueError:
-        query = uri.partition("?")[2]
+        host, query = "", uri.partition("?")[2]
+    if "@" in host or _USER_AND_PASSWORD.search(uri):
+        return "a user name or password"
     names = (part.partition("=")[0] for part in re.split("[&;]", query) if "=" in part)
     found = next((name for name in names if SECRET_PARAMETER.search(unquote(name))), None)
     return None if found is None else f"the parameter {found}"
@@ -139,12 +148,19 @@ def _tells(error: BaseException) -> bool:
     return without_secrets(text) != text
 
 
+def _is_path(value: str) -> bool:
+    """Of a file with the secret (GOOGLE_APPLICATION_CREDENTIALS): not one itself."""
+    with suppress(OSError, ValueError):
+        return value.startswith("/") and Path(value).exists()
+    return False
+
+
 def _values(environment: Mapping[str, str]) -> list[str]:
     """The secret values and their other looks, the longest first: one may be a part of another."""
     found: set[str] = set()
     for name, value in environment.items():
         value = value.strip()
-        if len(value) >= SHORTEST and SECRET_VARIABLE.search(name):
+        if len(value) >= SHORTEST and SECRET_VARIABLE.search(name) and not _is_path(value):
             found |= {value, quote(value, safe=""), quote_plus(value), quote(value), html.escape(value)}
             found |= {repr(value)[1:-1], json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]}
     return sorted(found, key=len, reverse=True)

@@ -195,7 +195,7 @@ def _made_once(folder: Path, key: dict[str, Any], write: Callable[[Path], dict[s
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
-        raise StorageError(f"{folder} cannot be written: {error}. Give another folder with --out.") from error
+        raise StorageError(f"{folder} cannot be written: {error}. Give another: run.storage, or --out of jobs.prepare.") from error
 
 
 def _publish(made: Path, folder: Path, key: dict[str, Any], manifest: dict[str, Any]) -> tuple[dict[str, Any], bool]:

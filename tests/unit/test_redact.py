@@ -9,6 +9,7 @@ import pickle
 import string
 import traceback
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote, urlencode
 
 import pytest
@@ -20,7 +21,7 @@ from llm.config_file import dump_run, load_run, parse_run
 from llm.errors import ConfigError, StorageError
 from llm.metrics import event_row
 from llm.observe.quiet import redirect_noise
-from llm.redact import SECRET_VARIABLE, credential_in, scrub, without_secrets
+from llm.redact import HIDDEN, SECRET_VARIABLE, cleaned, credential_in, scrub, without_secrets
 from llm.train.causes import failure_of
 from tests.small_run import RECIPE
 
@@ -188,3 +189,28 @@ def test_a_configuration_without_one_is_recorded_as_it_is(tmp_path: Path, canary
     (tmp_path / "run.yaml").write_text(RECIPE.format(folder=tmp_path))
     config = load_run(str(tmp_path / "run.yaml"), ["s3.endpoint_url=http://127.0.0.1:8333"])
     assert parse_run(dump_run(config), "recorded") == config
+
+
+class Pair(NamedTuple):
+    first: str
+    second: str
+
+
+def test_shapes_that_an_attacker_found() -> None:
+    for header in (
+        "Authorization: AWS4-HMAC-SHA256 Credential=abc123/x, SignedHeaders=host, Signature=abc123",
+        'Authorization: Digest username="me", response="abc123"',
+        "Authorization: ApiKey abc123",
+        "('Authorization', 'Bearer abc123')",
+        "{b'Authorization': b'Bearer abc123'}",
+        '{"authorization": ["Bearer abc123"]}',
+    ):
+        assert "abc123" not in without_secrets(header, {}), header
+    for name in ("PGPASSWORD", "DB_PASS", "MYSQL_PWD", "GITHUB_PAT", "DOCKER_AUTH_CONFIG", "PASSWORD2", "SIGNING_KEY_V2", "APITOKEN"):
+        assert without_secrets(CANARY, {name: CANARY}) == HIDDEN, name
+    for name in ("PWD", "OLDPWD", "MONKEY", "KEYBOARD", "PATH"):
+        assert without_secrets(CANARY, {name: CANARY}) == CANARY, name
+    assert without_secrets("/tmp", {"GOOGLE_APPLICATION_CREDENTIALS": "/tmp"}) == "/tmp"
+    for uri in ("https://u:pa'ss@h/", "https://u:pa ss@h/", 'https://u:pa"ss@h/', "https://h/#access_token=abc"):
+        assert credential_in(uri), uri
+    assert cleaned(Pair("a", "http://u:p4ss@h")) == Pair("a", "http://***@h")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -274,3 +275,34 @@ def test_submitting_needs_no_torch() -> None:
     code = "import sys, jobs.submit, jobs.jobs; print(sorted({'torch', 'ray', 'transformers', 'deepspeed'} & set(sys.modules)))"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (ran.stdout.strip(), ran.stderr) == ("[]", "")
+
+
+def test_what_an_attacker_would_send_is_refused_in_one_line(folder: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("MY_TOKEN", "it's-a-secret1")
+    for words, told in (
+        (["--set", "run.storage=/data/it's-a-secret1"], "a --set or the job's name holds a credential"),
+        (["--id", "it's-a-secret1"], "a --set or the job's name holds a credential"),
+        (["--id", ".."], "--id '..' must be"),
+        (["--id=-x"], "--id '-x' must be"),
+        (["--id", "x" * 101], "must be a letter or digit"),
+        (["--address", "http://[::1"], "is no address of a job server"),
+        (["--address", f"http://{'h' * 300}:1"], "did not answer|nobody answers"),
+    ):
+        assert job.main(["pretrain", "--address", "127.0.0.1:1", "--config", "run.yaml", *words]) in (2, 3)
+        error = capsys.readouterr().err
+        assert re.search(told, error) and "a-secret1" not in error and error.count("\n") == 1, error
+    for token in ("one\ntwo", "€uro-token"):
+        monkeypatch.setenv(TOKEN, token)
+        with pytest.raises(ClusterError, match=r"the token of RAY_AUTH_TOKEN holds a line break or a character"):
+            read_token()
+    monkeypatch.delenv(TOKEN)
+    (folder / os.fsdecode(b"bad\xff.txt")).write_text("x")
+    with pytest.raises(SubmitError, match="has a name that is not UTF-8"):
+        pack(folder)
+
+
+def test_no_job_is_called_by_dots(folder: Path) -> None:
+    with fake_job_server(fake()) as there:
+        for name in ("", ".", ".."):
+            with pytest.raises(ClusterError, match="no job can be called"):
+                JobServer(there.address).job(name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -44,7 +46,7 @@ def test_a_plan_is_refused_exactly_where_no_way_of_placing_its_bundles_is_left(a
         require_room(asked, nodes)
     except ClusterError as error:
         assert not fits(asked, nodes)
-        assert "Nearest legal value" in str(error) or "Lower" in str(error) or "--num-cpus" in str(error)
+        assert "Nearest legal value" in str(error) or "use larger nodes" in str(error)
     else:
         assert fits(asked, nodes)
 
@@ -72,19 +74,43 @@ def test_bundles_are_whole_groups_and_the_cpus_of_the_data_tasks(plan: WorkerPla
         (
             plan(4, 2, 1, True),
             [Node(8, 1)] * 4,
-            "needs a node of 2 GPUs.*node has 1. Nearest legal value: parallel.tensor=1",
+            "needs a node of 2 GPUs.*of 1 GPUs and 8 CPUs. Nearest legal value: parallel.tensor=1",
         ),
         (plan(8, 2, 1, True), [Node(9, 3)] * 3, "room for 3. Nearest legal value: parallel.workers=6"),
         (plan(8, 2, 1, True), [Node(9, 5)], "needs 8 GPUs, and the cluster has 5. Nearest legal value: parallel.workers=4"),
         (plan(4, 1, 1, True), [Node(9)], "the cluster has 0. Nearest legal value: parallel.device=cpu"),
-        (plan(4, 4, 1, True), [Node(9, 2)], "the cluster has 2. Lower parallel.tensor=4 too"),
-        (plan(4, 1, 2, False), [Node(4), Node(1)], "needs 6 logical CPUs .*the cluster has 5.*--num-cpus=6"),
-        (plan(4, 4, 1, False), [Node(3), Node(3)], "needs a node of 4 logical CPUs.*has 3. Nearest legal value: parallel.tensor=2"),
+        (plan(4, 4, 1, True), [Node(9, 2)], "the cluster has 2. Nearest legal values: parallel.workers=2 with parallel.tensor=2"),
+        (plan(4, 1, 2, False), [Node(4), Node(1)], "needs 6 logical CPUs .*the cluster has 5.*--num-cpus=6.*parallel.workers=3"),
+        (
+            plan(4, 4, 1, True),
+            [Node(2, 4), Node(16)],
+            "4 GPUs and 4 logical CPUs.*of 4 GPUs and 2 CPUs, or 0 GPUs and 16 CPUs. Nearest",
+        ),
+        (plan(2, 2, 0, True), [Node(8, 0.5)] * 4, "use larger nodes"),
+        (plan(4, 4, 1, False), [Node(3), Node(3)], "needs a node of 4 logical CPUs.*are of 3 CPUs. Nearest legal value: parallel.tensor=2"),
     ],
 )
 def test_a_plan_without_room_is_refused_with_the_nearest_that_has(asked: WorkerPlan, nodes: list[Node], told: str):
     with pytest.raises(ClusterError, match=told):
         require_room(asked, nodes)
+
+
+@given(
+    st.lists(st.builds(Node, st.integers(0, 9).map(float), st.sampled_from([0.0, 0.5, 1, 2, 4])), min_size=1, max_size=3),
+    st.integers(1, 8),
+    st.integers(1, 4),
+    st.integers(0, 2),
+    st.booleans(),
+)
+def test_the_value_that_is_told_has_room(nodes: list[Node], groups: int, tensor: int, ahead: int, on_gpus: bool):
+    asked = plan(groups * tensor, tensor, ahead, on_gpus)
+    try:
+        require_room(asked, nodes)
+    except ClusterError as error:
+        told = {name: int(value) for name, value in re.findall(r"parallel\.(workers|tensor)=(\d+)", str(error).partition("Nearest")[2])}
+        assert told or "device=cpu" in str(error) or "use larger nodes" in str(error)
+        if told:
+            require_room(replace(asked, num_workers=told.get("workers", asked.num_workers), tensor=told.get("tensor", tensor)), nodes)
 
 
 def test_nodes_that_have_come_since_the_autoscaler_told_of_them_are_not_waited_for():
