@@ -10,6 +10,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from ipaddress import IPv4Network, ip_network
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -96,8 +97,9 @@ def pods(manifests: list[Manifest]) -> Iterator[Part]:
 def containers(manifests: list[Manifest]) -> Iterator[Part]:
     """Every container; the autoscaler's, which KubeRay adds to the head's pod, as autoscalerOptions describe it."""
     for pod in pods(manifests):
-        for index, container in enumerate(pod.spec["containers"]):
-            yield Part((*pod.path, "containers", index), container, pod.role, pod.spec)
+        for kind in ("initContainers", "containers"):
+            for index, container in enumerate(pod.spec.get(kind, [])):
+                yield Part((*pod.path, kind, index), container, pod.role, pod.spec)
     for path, spec in cluster_specs(manifests):
         head = spec["headGroupSpec"]["template"]["spec"]
         yield Part((*path, "autoscalerOptions"), spec["autoscalerOptions"], "autoscaler", head)
@@ -163,6 +165,8 @@ def _exposed(manifests: list[Manifest]) -> Iterator[Removal]:
     yield from _clusters("headGroupSpec", "serviceType", weaker="LoadBalancer")(manifests)
     for path, _ in cluster_specs(manifests):
         yield Removal((*path, "headGroupSpec", "enableIngress"), True)
+        yield Removal((*path, "headGroupSpec", "headService"), {"spec": {"type": "LoadBalancer"}})
+    yield Removal((APPEND,), {"kind": "Service", "metadata": {"name": "dashboard"}, "spec": {"externalIPs": ["192.0.2.1"]}})
     yield Removal((APPEND,), {"kind": "Ingress", "metadata": {"name": "dashboard"}, "spec": {}})
     yield Removal((APPEND,), {"kind": "Service", "metadata": {"name": "dashboard"}, "spec": {"type": "NodePort"}})
 
@@ -172,10 +176,13 @@ def inside_the_cluster_only(manifests: list[Manifest]) -> Iterator[str]:
     for path, spec in cluster_specs(manifests):
         if spec["headGroupSpec"].get("serviceType") != "ClusterIP":
             yield f"the head's service at {path} is not ClusterIP"
+        if "headService" in spec["headGroupSpec"]:
+            yield f"the head at {path} has a service that is not KubeRay's"
         if spec["headGroupSpec"].get("enableIngress"):
             yield f"the head at {path} has an Ingress"
     for _, manifest in of_kind(manifests, "Ingress", "Service", "HTTPRoute", "Route"):
-        if manifest["kind"] != "Service" or manifest["spec"].get("type", "ClusterIP") != "ClusterIP":
+        inside = manifest["kind"] == "Service" and manifest["spec"].get("type", "ClusterIP") == "ClusterIP"
+        if not inside or manifest["spec"].get("externalIPs"):
             yield f"{manifest['kind']} {manifest['metadata']['name']} opens the cluster to the outside"
 
 
@@ -237,6 +244,39 @@ def read_only_root(manifests: list[Manifest]) -> Iterator[str]:
     for part in containers(manifests):
         if _get(part.spec, "securityContext", "readOnlyRootFilesystem") is not True:
             yield f"{part} may change its image's files"
+
+
+# Of a container, in place of its pod's.
+OVERRIDES = {"privileged": True, "runAsUser": 0, "runAsNonRoot": False, "seccompProfile": {"type": "Unconfined"}, "procMount": "Unmasked"}
+
+
+def _overridden(manifests: list[Manifest]) -> Iterator[Removal]:
+    for part in containers(manifests):
+        for key, value in OVERRIDES.items():
+            yield Removal((*part.path, "securityContext", key), value)
+    for pod in pods(manifests):
+        yield Removal((*pod.path, "initContainers"), [{"name": "first", "securityContext": {"privileged": True}}])
+
+
+@policy(_overridden)
+def containers_as_their_pods(manifests: list[Manifest]) -> Iterator[str]:
+    for part in containers(manifests):
+        if mine := sorted(OVERRIDES.keys() & (part.spec.get("securityContext") or {})):
+            yield f"{part} has its own {', '.join(mine)}"
+
+
+RUN_PODS = ("Pod", "DaemonSet", "Deployment", "StatefulSet", "ReplicaSet", "Job", "CronJob")
+
+
+def _more_pods(manifests: list[Manifest]) -> Iterator[Removal]:
+    for kind in RUN_PODS:
+        yield Removal((APPEND,), {"kind": kind, "metadata": {"name": "more"}, "spec": {}})
+
+
+@policy(_more_pods)
+def pods_of_ray_alone(manifests: list[Manifest]) -> Iterator[str]:
+    for _, found in of_kind(manifests, *RUN_PODS):
+        yield f"{found['kind']} {found['metadata']['name']} runs pods that nothing here checks"
 
 
 def _host(manifests: list[Manifest]) -> Iterator[Removal]:
@@ -435,7 +475,10 @@ def _wider_flows(manifests: list[Manifest]) -> Iterator[Removal]:
                     if {"namespaceSelector", "podSelector"} <= set(peer):
                         yield Removal((*path, peers, number, "namespaceSelector"), {})
                 yield Removal((*path, peers, APPEND), {"namespaceSelector": {}})
-                yield Removal((*path, peers, APPEND), {"ipBlock": {"cidr": "0.0.0.0/0"}})
+                for cidr in ("0.0.0.0/0", "128.0.0.0/1", "169.254.169.254/32"):
+                    yield Removal((*path, peers, APPEND), {"ipBlock": {"cidr": cidr}})
+                if direction == "egress" and "ports" in rule:
+                    yield Removal((*path, "ports", APPEND), {"port": 1, "endPort": 65535})
 
 
 @policy(_wider_flows)
@@ -445,12 +488,17 @@ def known_flows_only(manifests: list[Manifest]) -> Iterator[str]:
         for direction, peers in (("ingress", "from"), ("egress", "to")):
             for rule in found["spec"].get(direction, []):
                 ports = {port["port"] for port in rule.get("ports", [])}
+                if any("endPort" in port for port in rule.get("ports", [])):
+                    yield f"{name}: {direction} on a range of ports"
                 if not rule.get(peers):
                     yield f"{name}: {direction} with everyone"
                 for peer in rule.get(peers, []):
                     yield from (f"{name}: {direction} {problem}" for problem in _too_wide(peer, ports, ours))
 
 
+METADATA = IPv4Network("169.254.0.0/16")
+DNS_CACHE = IPv4Network("169.254.20.10/32")  # of the node
+INSIDE = (METADATA, *map(IPv4Network, ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16")))
 _RAY_NODES = {"matchLabels": {"ray.io/is-ray-node": "yes"}}
 
 
@@ -459,11 +507,15 @@ def _too_wide(peer: dict[str, Any], ports: set[int], ours: bool) -> Iterator[str
         yield "on every port, and not among this namespace's nodes of Ray"
     if peer.get("namespaceSelector") == {} or peer.get("podSelector") == {}:
         yield "with pods that no label chooses"
-    block = peer.get("ipBlock", {})
-    if block.get("cidr") == "0.0.0.0/0":
-        private = {"10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16"}
-        if ports != {443} or not private <= set(block.get("except", [])):
-            yield "with the internet on more than HTTPS, or with the nodes' metadata service"
+    if "ipBlock" in peer:
+        block = ip_network(peer["ipBlock"]["cidr"])
+        excepted = [ip_network(cidr) for cidr in peer["ipBlock"].get("except", [])]
+        if not block.is_private and ports != {443}:
+            yield "with the internet on more than HTTPS"
+        for closed in INSIDE if isinstance(block, IPv4Network) and block != DNS_CACHE else ():
+            wide = block.overlaps(closed) and (closed == METADATA or not block.subnet_of(closed))
+            if wide and not any(isinstance(each, IPv4Network) and closed.subnet_of(each) for each in excepted):
+                yield f"with {closed}, of private networks or the nodes' metadata service"
 
 
 # --- nodes that go ---
