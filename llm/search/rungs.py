@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 from llm.config import RunConfig
 from llm.search.sweep_config import Sweep
@@ -23,7 +24,7 @@ class Rungs:
 
     def __init__(self, sweep: Sweep) -> None:
         section, most = sweep.file.scheduler, tokens_after(sweep.base, sweep.base.train.steps)
-        self._reduction = section.reduction
+        self._reduction, self._repeats = section.reduction, sweep.file.sweep.repeats
         self.tokens = rung_tokens(most, section.first_frac, section.reduction)
 
     def until_step(self, trial: Trial, config: RunConfig) -> int | None:
@@ -38,7 +39,7 @@ class Rungs:
         best one does even where it is fewer than 1 in `reduction`: a sweep has a winner."""
         least = int(all_begun)
         for rung in reversed(range(len(self.tokens))):
-            for number in promoted(journal.trials, self.tokens[rung], self._reduction, least):
+            for number in promoted(journal.trials, self.tokens[rung], self._reduction, least, self._repeats):
                 if journal.trials[number].rung == rung and number in arrived:
                     journal.promote(number)
                     return [number]
@@ -57,8 +58,12 @@ def rung_tokens(most: int, first_frac: float, reduction: float) -> list[int]:
     return rungs
 
 
-def promoted(trials: Mapping[int, Trial], tokens: int, reduction: float, least: int) -> Sequence[int]:
-    """The best 1 in `reduction` of the trials that have seen so many tokens, best first, and at least so many."""
+def promoted(trials: Mapping[int, Trial], tokens: int, reduction: float, least: int, repeats: int = 1) -> Sequence[int]:
+    """The best 1 in `reduction` of the trials that have seen so many tokens, best first, and at least so many. `repeats`: trials of one
+    setting, which follow one another and are judged by the mean of those that are there: no setting goes on for a lucky seed."""
     losses = {trial.number: trial.loss_at(tokens) for trial in trials.values() if trial.status != FAILED and trial.tokens >= tokens}
-    ranked = sorted(losses, key=lambda number: (losses[number], number))
+    of_setting: dict[int, list[float]] = {}
+    for number, loss in losses.items():
+        of_setting.setdefault(number // repeats, []).append(loss)
+    ranked = sorted(losses, key=lambda number: (fmean(of_setting[number // repeats]), number))
     return ranked[: max(least, int(len(ranked) / reduction))]

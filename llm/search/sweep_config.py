@@ -13,20 +13,23 @@ The trials are runs in `<run.storage>/<sweep.name>/trials/`, which share the run
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from llm.checkpoint.layout import step_folder
 from llm.config import RunConfig, Section
 from llm.config_changes import MAY_DIFFER, is_below
 from llm.config_file import dump_run, parse_run, read_mapping, read_text
-from llm.errors import ConfigError
+from llm.errors import ConfigError, ModelError
+from llm.model.presets import model_config
 from llm.search.space import Space, parse_space
 from llm.search.trials import Trial
-from llm.storage import is_s3, join, local_path
+from llm.storage import is_s3, join, local_path, read_bytes
 
 
 class SweepSection(Section):
@@ -122,7 +125,9 @@ class Sweep:
     def most_workers(self) -> int:
         """Workers of the largest trial that the space holds."""
         domain = self.space.domains.get("parallel.workers")
-        return max([self.base.parallel.workers] if domain is None else [int(value) for value in domain.options()])
+        if domain is None:
+            return self.base.parallel.workers
+        return max([value for value in domain.options() if isinstance(value, int)], default=self.base.parallel.workers)
 
     def best(self, config: RunConfig) -> str:
         """A trial's configuration as a run of its own, in YAML."""
@@ -136,7 +141,7 @@ def load_sweep(path: str, overrides: list[str]) -> Sweep:
     try:
         file = SweepFile.model_validate(raw)
     except ValidationError as error:
-        told = [f"  {'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+        told = [f"  {'.'.join(map(str, each['loc']))}: {_told(each)}" for each in error.errors()]
         raise ConfigError("\n".join([f"{path} is no sweep:", *told])) from None
     run_path = file.run if Path(file.run).is_absolute() else str(Path(path).parent / file.run)
     settings = [f"{key}={yaml_value(value)}" for key, value in file.set.items()]
@@ -154,6 +159,17 @@ def load_sweep(path: str, overrides: list[str]) -> Sweep:
     return sweep
 
 
+def _told(problem: ErrorDetails) -> str:
+    """What pydantic says; of an unknown key, the nearest there is."""
+    if problem["type"] != "extra_forbidden":
+        return problem["msg"]
+    fields: dict[str, Any] = SweepFile.model_fields
+    for name in problem["loc"][:-1]:
+        fields = fields[str(name)].annotation.model_fields
+    close = difflib.get_close_matches(str(problem["loc"][-1]), fields, n=1, cutoff=0)
+    return f"no such key. Nearest: {close[0]}. Keys: {', '.join(fields)}"
+
+
 def _require_keys(sweep: Sweep) -> None:
     """A key that no run has, or none of whose values is legal, is refused before anything starts. Values that are legal only together with
     others are the trials' to tell."""
@@ -165,9 +181,11 @@ def _require_keys(sweep: Sweep) -> None:
         errors, options = [], domain.options()
         for value in options if domain.kind != "quantized" else [options[0], options[len(options) // 2], options[-1]]:
             try:
-                sweep.with_settings("the run", {key: value})
+                config = sweep.with_settings("the run", {key: value})
+                if key.startswith("model."):
+                    model_config(config.model, None, lambda uri: read_bytes(uri, sweep.base.s3))
                 break
-            except ConfigError as error:
+            except (ConfigError, ModelError) as error:
                 errors.append(str(error).splitlines()[-1].strip())
         else:
             problems.append(f"  space.{key}: {errors[0]}")

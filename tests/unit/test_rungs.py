@@ -34,6 +34,12 @@ def test_the_best_one_in_so_many_goes_on(losses, reduction):
     assert promoted(trials, 101, reduction, 0) == [] and len(promoted(trials, 100, reduction, 1)) >= 1
 
 
+def test_a_lucky_seed_does_not_go_on():
+    losses = [5.0, 9.0, 6.0, 6.1, 8.0, 8.0, 8.0, 8.0]  # settings of two seeds: means of 7, 6.05, 8, 8
+    trials = {n: Trial(n, {}, repeat=n % 2, curve=(Point(1, 100, loss),)) for n, loss in enumerate(losses)}
+    assert promoted(trials, 100, 4, 0, repeats=2) == [2, 3]
+
+
 def study_of(folder, trials: int) -> Study:
     path = folder / "sweep.yaml"
     if not path.exists():
