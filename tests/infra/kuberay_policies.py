@@ -509,13 +509,14 @@ def _too_wide(peer: dict[str, Any], ports: set[int], ours: bool) -> Iterator[str
         yield "with pods that no label chooses"
     if "ipBlock" in peer:
         block = ip_network(peer["ipBlock"]["cidr"])
-        excepted = [ip_network(cidr) for cidr in peer["ipBlock"].get("except", [])]
+        excepted = [each for cidr in peer["ipBlock"].get("except", []) if isinstance(each := ip_network(cidr), IPv4Network)]
         if not block.is_private and ports != {443}:
             yield "with the internet on more than HTTPS"
-        for closed in INSIDE if isinstance(block, IPv4Network) and block != DNS_CACHE else ():
-            wide = block.overlaps(closed) and (closed == METADATA or not block.subnet_of(closed))
-            if wide and not any(isinstance(each, IPv4Network) and closed.subnet_of(each) for each in excepted):
-                yield f"with {closed}, of private networks or the nodes' metadata service"
+        if isinstance(block, IPv4Network) and block != DNS_CACHE:
+            for closed in INSIDE:
+                wide = block.overlaps(closed) and (closed == METADATA or not block.subnet_of(closed))
+                if wide and not any(closed.subnet_of(each) for each in excepted):
+                    yield f"with {closed}, of private networks or the nodes' metadata service"
 
 
 # --- nodes that go ---
