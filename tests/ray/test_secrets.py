@@ -108,7 +108,7 @@ def test_no_secret_is_left_anywhere(head: Head, canaries: dict[str, str], tmp_pa
     refused = submit(head, trees["sound"], "refused", canaries, f"s3.endpoint_url=http://me:{canaries['HF_TOKEN']}@host")
     assert refused.returncode == 2 and "s3.endpoint_url holds a user name or password" in refused.stderr
     secret = submit(head, trees["sound"], "secret", canaries, f"tokenizer.eos={canaries['AWS_SECRET_ACCESS_KEY']}")
-    assert secret.returncode == 2 and "a --set holds a credential" in secret.stderr
+    assert secret.returncode == 2 and "holds a credential" in secret.stderr
 
     printed = "".join([*told.values(), refused.stdout, refused.stderr, secret.stdout, secret.stderr])
     found = [f"{name} in the terminal" for name in found_in(printed.encode(), needles)]
