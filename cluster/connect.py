@@ -5,12 +5,16 @@ Ray reads its settings when it is first imported: so it is imported here, after 
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import secrets
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from cluster.errors import ClusterError
@@ -18,6 +22,9 @@ from cluster.head import require_head
 
 # Reserved for blocks of token ids, not for the model: plenty for a laptop.
 LOCAL_OBJECT_STORE_BYTES = 512 << 20
+
+LOCK = "driver.lock"
+LEFT_AFTER_S = 60.0  # between making a folder and locking it, and for Ray's agents, which notice late that their cluster is gone
 
 # A private cluster lives as long as its run, so what guards and watches long-lived ones is left off: it costs processes at
 # start-up, and 5% of a small machine all the time.
@@ -37,8 +44,7 @@ def connected(logical_cpus: int) -> Iterator[None]:
     """
     with ExitStack() as stack:
         if is_private():
-            # Sockets and Ray's own logs; short, because the path of a socket is at most 107 characters long.
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True))
+            folder = stack.enter_context(_private_folder())
             stack.callback(_end_left_over, folder)
             _start_local(logical_cpus, folder)
         else:
@@ -97,6 +103,23 @@ def _log_what_the_head_tells() -> None:
         logging.getLogger("ray").warning("%s: %s", data.get("pid"), "\n".join(data["lines"]))
 
     worker.print_to_stdstream = log
+
+
+@contextmanager
+def _private_folder(parent: str = "/tmp") -> Iterator[str]:
+    """For sockets and Ray's own logs; short, because the path of a socket is at most 107 characters long. Goes with this process: where
+    that is killed, the next one removes it. Its lock says so, which process ids would not where containers share `parent`."""
+    for left in Path(parent).glob("ray-*/" + LOCK):
+        with suppress(OSError), left.open() as lock:
+            if time.time() - left.stat().st_mtime > LEFT_AFTER_S:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left.parent, ignore_errors=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-", dir=parent, ignore_cleanup_errors=True) as folder,
+        open(Path(folder, LOCK), "w") as lock,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
 
 
 def _end_left_over(folder: str) -> None:

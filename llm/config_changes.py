@@ -64,7 +64,7 @@ def config_differences(old: RunConfig, new: RunConfig, free: Sequence[str] = MAY
 
     Empty where `new` may go on from a checkpoint of `old`. `free`: keys that may change, with those below them.
     """
-    before, after = dict(_leaves(old.values(), "")), dict(_leaves(new.values(), ""))
+    before, after = dict(leaves(old.values(), "")), dict(leaves(new.values(), ""))
     found: list[str] = []
     for key in dict.fromkeys([*before, *after]):
         was, now = before.get(key, ABSENT), after.get(key, ABSENT)
@@ -74,7 +74,7 @@ def config_differences(old: RunConfig, new: RunConfig, free: Sequence[str] = MAY
             continue
         if key in ("train.steps", "train.tokens") and new.train.steps >= old.train.steps:
             continue
-        found.append(f"{key}: {_told(was)} -> {_told(now)}")
+        found.append(f"{key}: {told(was)} -> {told(now)}")
     return found
 
 
@@ -83,15 +83,15 @@ def is_below(key: str, above: Sequence[str]) -> bool:
     return any(key == each or key.startswith(each + ".") for each in above)
 
 
-def _told(value: Any) -> str:
+def told(value: Any) -> str:
     return ABSENT if value is ABSENT else shown(value)
 
 
-def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
     """Every (dotted key, scalar) below `value`; an empty list or map counts as a scalar."""
     below = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
     if not below or not value:
         yield key, value
     else:
         for name, inner in below:
-            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+            yield from leaves(inner, f"{key}.{name}" if key else str(name))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,26 @@ def parse_run(text: str, name: str, overrides: Sequence[str] = ()) -> RunConfig:
     set_here: list[KeyPath] = []
     for override in overrides:
         _apply(raw, override, set_here, problems)
+    return _sound(raw, name, problems, lambda path: _where(path, lines, set_here))
+
+
+def with_settings(config: RunConfig, name: str, settings: Mapping[str, Any]) -> RunConfig:
+    """`config` with other values at some dotted keys. Raises ConfigError, calling it `name`, with every problem."""
+    problems: list[Problem] = []
+    raw = config.values()
+    for key, value in settings.items():
+        try:
+            _place(raw, key, value)
+        except LookupError as error:
+            problems.append(Problem((key,), f"{key}: {error.args[0]}"))
+    return _sound(raw, name, problems, lambda path: "")
+
+
+def _sound(raw: dict[Any, Any], name: str, problems: list[Problem], where: Callable[[KeyPath], str]) -> RunConfig:
     config, found = checked(raw)
     problems += found
     if config is None or problems:
-        told = [f"  {problem.text}{_where(problem.path, lines, set_here)}" for problem in problems]
+        told = [f"  {problem.text}{where(problem.path)}" for problem in problems]
         count = f"{len(told)} problem{'' if len(told) == 1 else 's'}"
         raise ConfigError("\n".join([f"{name} has {count}:", *told]))
     return config
@@ -114,26 +130,30 @@ def _nearest_file(path: Path) -> str:
 def _apply(raw: dict[Any, Any], override: str, set_here: list[KeyPath], problems: list[Problem]) -> None:
     """Lays one "section.key=value" over `raw`, in place; what is wrong with it goes to `problems`."""
     key, equals, text = override.partition("=")
-    *above, name = key.strip().split(".")
-    if not equals or not all(re.fullmatch(r"\S+", part) for part in (*above, name)):
+    if not equals or not all(re.fullmatch(r"\S+", part) for part in key.strip().split(".")):
         problems.append(Problem(("--set",), f"--set {override!r} is malformed: {SET_FORM}"))
         return
     try:
-        value = _parse(text, problems, {})
-        place: Any = raw
-        path: KeyPath = ()
-        for part in above:
-            index = _index(place, path, part)
-            if isinstance(place, dict) and place.get(index) is None:
-                place[index] = {}
-            place, path = place[index], (*path, index)
-        index = _index(place, path, name)
-        place[index] = value
-        set_here.append((*path, index))
+        set_here.append(_place(raw, key.strip(), _parse(text, problems, {})))
     except _NotYamlError as error:
         problems.append(Problem(("--set",), f"--set {override!r} has a value that cannot be read{error}. Put it in quotes"))
     except LookupError as error:
         problems.append(Problem(("--set",), f"--set {override!r}: {error.args[0]}"))
+
+
+def _place(raw: dict[Any, Any], key: str, value: Any) -> KeyPath:
+    """Puts `value` at the dotted `key`, in place. Raises LookupError where nothing can stand there."""
+    *above, name = key.split(".")
+    place: Any = raw
+    path: KeyPath = ()
+    for part in above:
+        index = _index(place, path, part)
+        if isinstance(place, dict) and place.get(index) is None:
+            place[index] = {}
+        place, path = place[index], (*path, index)
+    index = _index(place, path, name)
+    place[index] = value
+    return (*path, index)
 
 
 def _index(place: Any, path: KeyPath, name: str) -> Any:

@@ -11,9 +11,9 @@ import difflib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from llm.config import RunConfig, Section
@@ -69,6 +69,24 @@ def checked(raw: dict[Any, Any]) -> tuple[RunConfig | None, list[Problem]]:
     rank = {name: i for i, name in enumerate(RunConfig.model_fields)}
     problems.sort(key=lambda problem: rank.get(str(problem.path[0]), -1))
     return (None if problems else config), problems
+
+
+def bad_alone(key: str, value: Any) -> str | None:
+    """What is wrong with the value of a dotted key, whatever the others are. None too for what no section declares: an unknown key, or one
+    of the model's own."""
+    parts = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+    try:
+        path, field = _field_at(parts)
+    except (KeyError, AssertionError):
+        return None
+    if path != parts:
+        return None
+    kind: Any = Annotated[field.annotation, field]  # pyright: ignore[reportInvalidTypeForm]
+    try:
+        TypeAdapter(kind).validate_python(value)
+    except ValidationError:
+        return _bad_value(path, field, value)
+    return _bad_value(path, field, value) if _no_user_means(value, field.annotation) else None
 
 
 def _credentials(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:

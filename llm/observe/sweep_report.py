@@ -27,7 +27,7 @@ def write_sweep_report(study: Study) -> str:
 def _page(study: Study) -> str:
     file, trials, keys = study.sweep.file, ranked(study.trials), list(study.sweep.space.domains)
     best, spent = best_of(study.trials), study.spent()
-    parts = [f"<p class=status>{escaped(_status(study))}</p>"]
+    parts = [f"<p class=status>{escaped(_status(study))}</p>", *(f"<p>{escaped(remark)}</p>" for remark in study.sweep.remarks)]
     if best is not None:
         told = f"<b>{escaped(settings_line(best.settings))}</b>"
         parts += [
@@ -39,7 +39,7 @@ def _page(study: Study) -> str:
     if shares := importance(constant, keys):
         told = "<p>The share of the differences in loss that each key explains by itself, at as many tokens as all trials have seen.</p>"
         parts.append(section("What matters", told + picture(importance_chart(shares), "importance of each key")))
-    rows = "".join(_row(trial, keys) for trial in trials)
+    rows = "".join(_row(trial, study.status_of(trial), keys) for trial in trials)
     heads = "".join(f"<td><b>{escaped(name)}</b></td>" for name in ("trial", *keys, "status", "tokens", "loss", "time"))
     parts.append(section("Trials", f"<table><tr>{heads}</tr>{rows}</table>"))
     if taken := sorted((each for trial in trials for each in trial.takeovers), key=lambda each: (each.step, each.trial)):
@@ -56,8 +56,8 @@ def _page(study: Study) -> str:
     return page(file.sweep.name, parts)
 
 
-def _row(trial: Trial, keys: list[str]) -> str:
-    told = f"{trial.status}: {trial.cause}" if trial.cause else trial.status
+def _row(trial: Trial, status: str, keys: list[str]) -> str:
+    told = f"{status}: {trial.cause}" if trial.cause else status
     cells = [f"{trial.number:04d}", *(str(trial.settings.get(key, "")) for key in keys), told]
     cells += [f"{trial.tokens:,}", f"{trial.loss:.4f}" if trial.curve else "-", duration(trial.took_s)]
     return f"<tr{' class=failed' if trial.status == FAILED else ''}>{''.join(f'<td>{escaped(cell)}</td>' for cell in cells)}</tr>"
@@ -66,6 +66,7 @@ def _row(trial: Trial, keys: list[str]) -> str:
 def _status(study: Study) -> str:
     counts: dict[str, int] = {}
     for trial in study.trials.values():
-        counts[trial.status] = counts.get(trial.status, 0) + 1
+        status = study.status_of(trial)
+        counts[status] = counts.get(status, 0) + 1
     told = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
     return f"{told}{f'; ended by {study.cut}' if study.cut else ''}"

@@ -13,17 +13,18 @@ from rich.live import Live
 from rich.table import Table
 
 from llm.observe.summary import duration
-from llm.search.trials import FAILED, RUNNING, Trial, best_of
+from llm.search.trials import FAILED, FINISHED, RUNNING, Trial, best_of
 
 if TYPE_CHECKING:
     from llm.search.study import Study
 
+WIDTH = 240  # of a table that goes to a file, in columns
 SHOWN = 30  # trials in the live table: the best and those that run
 
 
 class SweepTable:
     def __init__(self, name: str, console: Console | None = None) -> None:
-        self._name, self._console = name, console or Console(file=sys.stdout, highlight=False)  # Tune's own words on stdout go to a log
+        self._name, self._console = name, console or _console()
         self._live = Live(console=self._console, refresh_per_second=2) if self._console.is_terminal else None
         self._told: set[int] = set()
 
@@ -54,8 +55,17 @@ class SweepTable:
         cost = f", ${spent.dollars:,.2f}" if spent.dollars else ""
         told = f"{len(study.trials)} trials, {spent.tokens:,} tokens, {duration(spent.hours * 3600)} of training{cost}"
         self._console.print(f"{told}{f'; ended by {study.cut}' if study.cut else ''}", soft_wrap=True)
-        self._console.print(f"best: trial {best.number:04d}, loss {best.loss:.4f}: {settings_line(best.settings)}", soft_wrap=True)
+        so_far = "" if best.status == FINISHED else f" after {best.tokens:,} tokens, {study.status_of(best)}: none came to its end"
+        told = f"best: trial {best.number:04d}, loss {best.loss:.4f}{so_far}: {settings_line(best.settings)}"
+        self._console.print(told, soft_wrap=True)
+        for remark in study.sweep.remarks:
+            self._console.print(f"note: {remark}", soft_wrap=True)
         self._console.print(f"config  {path}   (headrace pretrain --config {path})\nreport  {report}", soft_wrap=True)
+
+
+def _console() -> Console:
+    """On what stdout is now: Tune's own words go to a log. Without a terminal no width is known: one at which no row is folded."""
+    return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else WIDTH)
 
 
 def ranked(trials: Mapping[int, Trial]) -> list[Trial]:
@@ -77,7 +87,7 @@ def _table(name: str, study: Study, most: int) -> Table:
         loss = f"{trial.loss:.4f}" if math.isfinite(trial.loss) else "-"
         values = [str(trial.settings.get(key, "")) for key in keys]
         style = "bold" if best and trial.number == best.number else None
-        status = "paused" if trial.number in study.arrived else trial.status
+        status = study.status_of(trial)
         told = f"{status}: {trial.cause}" if trial.cause else status
         table.add_row(f"{trial.number:04d}", *values, told, f"{trial.tokens:,}", loss, duration(trial.took_s), style=style)
     return table

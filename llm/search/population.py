@@ -67,7 +67,7 @@ def takeovers(trials: Sequence[Trial], step: int, quantile_frac: float, space: S
 def _changed(domain: Domain, value: Any, chance: random.Random) -> Any:
     if chance.random() < DRAWN_FRAC:
         return domain.draw(chance)
-    if domain.kind in ("uniform", "loguniform"):
+    if domain.is_continuous:
         low, high = domain.values
         return rounded(min(max(value * chance.choice((FACTOR, 1 / FACTOR)), low), high))
     options = domain.options()

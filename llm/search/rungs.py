@@ -42,8 +42,12 @@ class Rungs:
             for number in promoted(journal.trials, self.tokens[rung], self._reduction, least, self._repeats):
                 if journal.trials[number].rung == rung and number in arrived:
                     journal.promote(number)
-                    return [number]
+                    # A large batch may bring it over two rungs in one step: then it waits at the second without a start of its own.
+                    return self.go_on(journal, arrived, all_begun) if self._is_at_its_rung(journal.trials[number]) else [number]
         return []
+
+    def _is_at_its_rung(self, trial: Trial) -> bool:
+        return trial.rung < len(self.tokens) and trial.tokens >= self.tokens[trial.rung]
 
 
 def rung_tokens(most: int, first_frac: float, reduction: float) -> list[int]:

@@ -57,7 +57,7 @@ def _hyperopt(space: Space, seed: int, number: int, trials: Collection[Trial]) -
     told = [trial for trial in trials if trial.number in losses or trial.status == FAILED]
 
     def domain_of(domain: Domain) -> Any:
-        if domain.kind in ("uniform", "loguniform"):
+        if domain.is_continuous:
             return {"uniform": tune.uniform, "loguniform": tune.loguniform}[domain.kind](*domain.values)
         return tune.choice(domain.options())
 

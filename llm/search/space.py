@@ -47,6 +47,17 @@ class Domain:
         low, high, step = self.values
         return [rounded(low + i * step) for i in range(round((high - low) / step) + 1)]
 
+    @property
+    def is_continuous(self) -> bool:
+        return self.kind in ("uniform", "loguniform")
+
+    def examples(self) -> list[Any]:
+        """Values to check: all of a few, the ends and some between of many."""
+        options = self.options()
+        if self.is_continuous:
+            return [*options, *(self.draw(random.Random(number)) for number in range(3))]
+        return options if self.kind != "quantized" else [options[0], options[1], options[len(options) // 2], options[-1]]
+
 
 @dataclass(frozen=True)
 class Space:
@@ -68,7 +79,7 @@ class Space:
     def whole_grid(self) -> list[dict[str, Any]]:
         """Every combination of all values, for a grid search. Raises ConfigError where a domain has too many to count."""
         for key, domain in self.domains.items():
-            if domain.kind in ("uniform", "loguniform"):
+            if domain.is_continuous:
                 raise ConfigError(
                     f"space.{key}: a grid search needs values that can be counted. Use grid, choice or quantized, not {domain.kind}."
                 )

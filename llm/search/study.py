@@ -65,7 +65,7 @@ class Study:
             "scheduler": file.scheduler.model_dump(),
             "seed": file.sweep.seed,
             "repeats": file.sweep.repeats,
-            "run": sweep.base_text,
+            "run": sweep.base.values(),
         }
         self.sweep, self._searcher, self._command, self._show = sweep, searcher, command, show
         self._scheduler: Scheduler = {"asha": Rungs, "pbt": Population}.get(file.scheduler.kind, ToTheEnd)(sweep)
@@ -163,6 +163,12 @@ class Study:
             self.arrived.discard(number)
             self.journal.end(number, status, cause)
         self._show(self)
+
+    def status_of(self, trial: Trial) -> str:
+        """As a person reads it: of those that have not ended, why they do not run now."""
+        if trial.status != RUNNING:
+            return trial.status
+        return "paused" if trial.number in self.arrived else "cut by the budget" if self.cut else RUNNING
 
     def spent(self) -> Spent:
         trials = self.trials.values()

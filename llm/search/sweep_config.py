@@ -24,12 +24,22 @@ from pydantic_core import ErrorDetails
 from llm.checkpoint.layout import step_folder
 from llm.config import RunConfig, Section
 from llm.config_changes import MAY_DIFFER, is_below
-from llm.config_file import dump_run, parse_run, read_mapping, read_text
+from llm.config_file import dump_run, parse_run, read_mapping, read_text, with_settings
+from llm.config_problems import bad_alone
 from llm.errors import ConfigError, ModelError
 from llm.model.presets import model_config
 from llm.search.space import Space, parse_space
 from llm.search.trials import Trial
 from llm.storage import is_s3, join, local_path, read_bytes
+
+# Keys by which the evaluated tokens differ, or what precedes them.
+_OTHER_TEXT = ("data.seq_len", "data.sources", "tokenizer", "model.path")
+# Keys that no space may vary, and why.
+_OWN = {
+    "run": "it is the sweep's own. Use sweep.repeats for several seeds",
+    "train.until_step": "the scheduler says where trials pause. Use train.steps or train.tokens for runs of other lengths",
+    "eval.rows": "trials are compared by the loss on these rows. Set it for all, in the run or in `set`",
+}
 
 
 class SweepSection(Section):
@@ -79,22 +89,27 @@ class SweepFile(Section):
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file, checked, with the text of its run."""
+    """A sweep file, checked, with its run."""
 
     file: SweepFile
     space: Space
     base: RunConfig
-    base_text: str
 
     @property
     def uri(self) -> str:
         storage = self.base.run.storage
         return join(storage if is_s3(storage) else local_path(storage), self.file.sweep.name)
 
+    @property
+    def remarks(self) -> list[str]:
+        """What a reader of the losses must know."""
+        varied = [key for key in self.space.domains if is_below(key, _OTHER_TEXT)]
+        return [f"trials of different {key} predict different tokens: their losses cannot be compared as they stand" for key in varied]
+
     def with_settings(self, name: str, settings: dict[str, Any]) -> RunConfig:
         """The run with these settings; a length in tokens gives other steps for other batches. Raises ConfigError, calling it `name`."""
-        anew = ["train.steps=null"] if self.base.train.tokens and "train.steps" not in settings else []
-        return parse_run(self.base_text, name, [*anew, *(f"{key}={yaml_value(value)}" for key, value in settings.items())])
+        anew = {"train.steps": None} if self.base.train.tokens else {}
+        return with_settings(self.base, name, {**anew, **settings})
 
     def trial(self, trial: Trial) -> RunConfig:
         """The run of a trial. Raises ConfigError where its settings make none."""
@@ -106,8 +121,8 @@ class Sweep:
         config = _with(config, "data", cache=config.data.cache.model_copy(update={"uri": cache if is_s3(cache) else local_path(cache)}))
         if self.file.scheduler.kind != "none" and not config.eval.every_steps:
             config = _with(config, "eval", every_steps=self.steps_between(config))
-        if not config.checkpoint.every_steps:  # a sweep that is cut goes on from its trials' last evaluations
-            config = _with(config, "checkpoint", every_steps=config.eval.every_steps)
+        if not config.checkpoint.every_steps:  # a sweep that is cut goes on from there
+            config = _with(config, "checkpoint", every_steps=config.eval.every_steps or self.steps_between(config))
         if self.file.scheduler.kind == "pbt":
             interval = self.steps_between(config)
             if interval % config.eval.every_steps:
@@ -150,7 +165,7 @@ def load_sweep(path: str, overrides: list[str]) -> Sweep:
         raise ConfigError(
             f"{path}: budget.dollars={file.budget.dollars:g} needs log.dollars_per_worker_hour: give it in the run, or in `set`."
         )
-    sweep = Sweep(file, parse_space(file.space), base, dump_run(base))
+    sweep = Sweep(file, parse_space(file.space), base)
     _require_keys(sweep)
     if file.scheduler.kind == "pbt":
         _require_population(sweep)
@@ -171,26 +186,30 @@ def _told(problem: ErrorDetails) -> str:
 
 
 def _require_keys(sweep: Sweep) -> None:
-    """A key that no run has, or none of whose values is legal, is refused before anything starts. Values that are legal only together with
-    others are the trials' to tell."""
+    """A key that no run has or that is the sweep's own, and a value that its key never takes, are refused before anything starts. Values
+    that are legal only together with others are the trials' to tell, unless none of a key's is legal."""
     problems = []
     for key, domain in sweep.space.domains.items():
-        if key.startswith("run."):
-            problems.append(f"  space.{key}: it is the sweep's own. Use sweep.repeats for several seeds")
-            continue
-        errors, options = [], domain.options()
-        for value in options if domain.kind != "quantized" else [options[0], options[len(options) // 2], options[-1]]:
-            try:
-                config = sweep.with_settings("the run", {key: value})
-                if key.startswith("model."):
-                    model_config(config.model, None, lambda uri: read_bytes(uri, sweep.base.s3))
-                break
-            except (ConfigError, ModelError) as error:
-                errors.append(str(error).splitlines()[-1].strip())
-        else:
+        if own := next((why for name, why in _OWN.items() if is_below(key, [name])), None):
+            problems.append(f"  space.{key}: {own}")
+        elif told := next(filter(None, (bad_alone(key, value) for value in domain.examples())), None):
+            between = domain.is_continuous and not any(bad_alone(key, end) for end in domain.options())
+            problems.append(f"  space.{key}: {told}{'. Or draw whole numbers: {quantized: [low, high, step]}' if between else ''}")
+        elif len(errors := [error for value in domain.examples() if (error := _error(sweep, key, value))]) == len(domain.examples()):
             problems.append(f"  space.{key}: {errors[0]}")
     if problems:
         raise ConfigError("\n".join(["the space cannot be searched:", *problems]))
+
+
+def _error(sweep: Sweep, key: str, value: Any) -> str:
+    """Why the run cannot be with this value, in a line; empty where it can."""
+    try:
+        config = sweep.with_settings("the run", {key: value})
+        if key.startswith("model."):
+            model_config(config.model, None, lambda uri: read_bytes(uri, sweep.base.s3))
+    except (ConfigError, ModelError) as error:
+        return str(error).splitlines()[-1].strip()
+    return ""
 
 
 def _require_population(sweep: Sweep) -> None:

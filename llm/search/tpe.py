@@ -65,7 +65,7 @@ def _distributions(space: Space) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     for key, domain in space.domains.items():
-        if domain.kind in ("uniform", "loguniform"):
+        if domain.is_continuous:
             found[key] = FloatDistribution(*domain.values, log=domain.kind == "loguniform")
         elif domain.kind == "quantized":
             found[key] = IntDistribution(0, len(domain.options()) - 1)
@@ -75,10 +75,10 @@ def _distributions(space: Space) -> dict[str, Any]:
 
 
 def _value(domain: Domain, param: Any) -> Any:
-    return rounded(param) if domain.kind in ("uniform", "loguniform") else domain.options()[param]
+    return rounded(param) if domain.is_continuous else domain.options()[param]
 
 
 def _param(domain: Domain, value: Any) -> Any:
-    if domain.kind in ("uniform", "loguniform"):
+    if domain.is_continuous:
         return min(max(value, domain.values[0]), domain.values[1])  # rounding may have put it a bit outside
     return domain.options().index(value)

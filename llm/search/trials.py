@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llm.config import RunConfig, S3Section
+from llm.config_changes import ABSENT, leaves, told
 from llm.errors import ConfigError
 from llm.metrics import MetricsTail, Row, rows_of
 from llm.observe.goodput import goodput
@@ -199,9 +200,10 @@ def best_of(trials: Mapping[int, Trial]) -> Trial | None:
 
 
 def _require_same(uri: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    changed = [f"  {key}: {before.get(key)} -> {now.get(key)}" for key in {**before, **now} if before.get(key) != now.get(key)]
-    if changed:
-        told = "\n".join(changed)
+    old, new = dict(leaves(before, "")), dict(leaves(now, ""))
+    keys = [key for key in {**old, **new} if old.get(key, ABSENT) != new.get(key, ABSENT)]
+    if keys:
+        changed = "\n".join(f"  {key}: {told(old.get(key, ABSENT))} -> {told(new.get(key, ABSENT))}" for key in keys)
         raise ConfigError(
-            f"the sweep in {uri} was started otherwise:\n{told}\n  Set the values back to go on with it, or choose another sweep.name."
+            f"the sweep in {uri} was started otherwise:\n{changed}\n  Set the values back to go on with it, or choose another sweep.name."
         )

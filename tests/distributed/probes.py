@@ -16,8 +16,8 @@ from llm.parallel.mesh import Mesh
 from llm.train.tune.events import Event, ProbeTask, RankDiedError
 from tests.distributed.layouts import CONTEXT, _free_port
 
-# M_ARENA_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, which a worker gets by its environment (llm.train.launch.KEEP_FREED_MEMORY).
-MALLOPT = {-8: 1, -3: 32 << 20, -1: (1 << 31) - 1}
+# M_ARENA_MAX, M_MMAP_MAX and M_TRIM_THRESHOLD, which a worker gets by its environment (llm.train.launch.KEEP_FREED_MEMORY).
+MALLOPT = {-8: 1, -4: 0, -1: (1 << 31) - 1}
 
 
 class LocalProbes:

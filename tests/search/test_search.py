@@ -165,3 +165,4 @@ def test_another_space_is_another_sweep(tmp_path):
     process = start_sweep(path)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2 and "was started otherwise" in err and "another sweep.name" in err
+    assert "space.train.lr.choice.0: (absent) -> 0.1" in err and len(err.splitlines()) < 10

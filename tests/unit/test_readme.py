@@ -7,12 +7,14 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cluster.package import inside
 from jobs import doctor, jobs, submit, sweep, tune_batch
 from jobs.pretrain import main as pretrain
 from jobs.train_tokenizer import main as train_tokenizer
 from llm.errors import ConfigError
+from llm.search.sweep_config import SchedulerSection, SearchSection
 from llm.search.trials import Trial
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +49,15 @@ def test_the_sweep_command_loads_its_sweep(monkeypatch, capsys):
     monkeypatch.setattr(sweep, "sweep", lambda found: seen.append(found) or 0)
     assert sweep.main(shlex.split(command)[3:]) == 0, capsys.readouterr().err
     assert seen[0].file.budget.trials == 8 and seen[0].trial(Trial(0, seen[0].space.draw(0, 0))).train.steps == 60
+
+
+def test_the_sweep_in_the_text_is_the_one_of_the_command():
+    (block,) = re.findall(r"```yaml\n(sweep: .*?)```", README, re.DOTALL)
+    told, whole = yaml.safe_load(block), yaml.safe_load((ROOT / "jobs" / "sweeps" / "tiny_cpu.yaml").read_text())
+    assert told.pop("set").items() <= whole.pop("set").items()
+    assert told == whole
+    assert SchedulerSection.model_validate(told["scheduler"]) == SchedulerSection()
+    assert SearchSection.model_validate(told["search"]) == SearchSection()
 
 
 def test_the_tune_batch_command_loads_its_run(monkeypatch, capsys):

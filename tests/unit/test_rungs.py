@@ -135,3 +135,28 @@ def keep(study: Study, folder) -> None:
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         for point in trial.curve:
             (run / "checkpoints" / f"step-{point.step:08d}").mkdir(parents=True)
+
+
+def test_no_trial_is_started_for_a_rung_that_its_batch_has_passed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small, large = 8, 320  # rows: rungs of 80 and 240 rows, one step of the large batch
+    write_sweep(
+        tmp_path,
+        set={"train.tokens": 90 * ROW_TOKENS, "train.steps": None, "eval.every_steps": 0},
+        space={"train.batch_rows": {"grid": [small, large, large]}, "train.lr": {"uniform": [0.1, 0.2]}},
+        scheduler={"kind": "asha", "first_frac": 1 / 9, "reduction": 3},
+        budget={"trials": 18},
+    )
+    study = study_of(tmp_path, 18)
+    while (run := study.next()) is not None:
+        config, before = yaml.safe_load(run.yaml)["train"], study.trials[run.number].curve
+        until = config["until_step"] or config["steps"]
+        assert until > (before[-1].step if before else 0)
+        tokens = until * config["batch_rows"] * 32
+        loss = 5 - (config["batch_rows"] == large) - run.number / 100
+        study.learn(run.number, {"step": until, "tokens": tokens, "eval_loss": loss, "took_s": 1.0})
+        study.end(run.number, PAUSED if config["until_step"] else FINISHED)
+    ended = study.trials.values()
+    assert {trial.status for trial in ended} == {FINISHED, STOPPED}
+    best = best_of(study.trials)
+    assert best is not None and best.settings["train.batch_rows"] == large and best.status == FINISHED

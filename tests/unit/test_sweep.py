@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import random
@@ -12,12 +13,15 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from cluster.errors import ClusterError
 from cluster.workers import concurrent_trials
 from llm.config import S3Section
 from llm.config_file import load_run
 from llm.errors import ConfigError
+from llm.observe.sweep_report import write_sweep_report
+from llm.observe.sweep_table import SweepTable
 from llm.search.importance import importance
 from llm.search.searchers import searcher_of
 from llm.search.space import parse_space
@@ -88,7 +92,12 @@ def test_all_bad_domains_are_told_at_once():
         ({"space": {"train.lrr": {"choice": [1e-3]}}}, "train.lr"),
         ({"space": {"trian.lr": {"choice": [1e-3]}}}, "train"),
         ({"space": {"train.lr": {"choice": [-1, "x"]}}}, "train.lr"),
+        ({"space": {"train.lr": {"choice": [1e-3, -1]}}}, "space.train.lr: train.lr=-1 must be a number above 0"),
+        ({"space": {"train.batch_rows": {"uniform": [8, 64]}}}, "Or draw whole numbers: {quantized: [low, high, step]}"),
+        ({"space": {"parallel.zero_stage": {"quantized": [0, 4, 1]}}}, "parallel.zero_stage=4 must be one of 0, 1, 2, 3"),
         ({"space": {"run.seed": {"choice": [1, 2]}}}, "sweep.repeats"),
+        ({"space": {"train.until_step": {"choice": [1, 2]}}}, "space.train.until_step: the scheduler says where trials pause"),
+        ({"space": {"eval.rows": {"choice": [8, 16]}}}, "space.eval.rows: trials are compared by the loss on these rows"),
         ({"budget": {"dollars": 3.0}}, "needs log.dollars_per_worker_hour"),
         ({"budget": {"trails": 3}}, "budget.trails: no such key. Nearest: trials."),
         ({"shedule": {}}, "shedule: no such key. Nearest: scheduler."),
@@ -129,6 +138,28 @@ def test_a_trial_is_the_run_with_its_settings_in_the_sweeps_folder(tmp_path, mon
     assert again.run.name == "search-best" and again.run.storage == "runs"
 
 
+def test_a_trial_that_can_be_cut_has_a_checkpoint_to_go_on_from(tmp_path):
+    path = write_sweep(tmp_path, scheduler={"kind": "none"}, set={"eval.every_steps": 0, "checkpoint.every_steps": 0})
+    trial = load_sweep(str(path), []).trial(Trial(0, {}))
+    assert trial.eval.every_steps == 0 and trial.checkpoint.every_steps > 0
+
+
+def test_what_a_setting_makes_wrong_is_told_without_lines_of_a_file_that_nobody_wrote(tmp_path):
+    sweep = load_sweep(str(write_sweep(tmp_path, space={"train.batch_rows": {"choice": [8, 9]}}, set={"parallel.workers": 2})), [])
+    with pytest.raises(ConfigError) as caught:
+        sweep.trial(Trial(0, {"train.batch_rows": 9}))
+    assert str(caught.value).splitlines()[0] == "trial 0 has 1 problem:"
+    assert "train.batch_rows=9" in str(caught.value) and "--set" not in str(caught.value) and "(line" not in str(caught.value)
+
+
+def test_losses_of_other_texts_are_marked_as_such(tmp_path):
+    assert load_sweep(str(write_sweep(tmp_path)), []).remarks == []
+    space = {"train.lr": {"choice": [1e-3]}, "data.seq_len": {"choice": [16, 32]}}
+    (tmp_path / "other").mkdir()
+    (remark,) = load_sweep(str(write_sweep(tmp_path / "other", space=space)), []).remarks
+    assert "data.seq_len" in remark and "cannot be compared" in remark
+
+
 def test_trials_of_other_batches_see_as_many_tokens(tmp_path):
     path = write_sweep(tmp_path, space={"train.batch_rows": {"choice": [8, 16]}}, set={"train.tokens": 27 * 8 * 32, "train.steps": None})
     sweep = load_sweep(str(path), [])
@@ -151,7 +182,7 @@ def test_a_journal_reads_back_and_refuses_another_sweep(tmp_path):
     first.end(0, FAILED, "it was\nbad")
     again = journal(tmp_path, space={"train.lr": 1})
     assert again.trials == first.trials and again.trials[0].cause == "it was\nbad" and again.trials[1].status == "running"
-    with pytest.raises(ConfigError, match=r"was started otherwise:\n  space: "):
+    with pytest.raises(ConfigError, match=r"was started otherwise:\n  space\.train\.lr: 1 -> 2\n  Set the values back"):
         journal(tmp_path, space={"train.lr": 2})
     (tmp_path / "sweep.jsonl").write_text("{}\n")
     with pytest.raises(ConfigError, match="no sweep's record"):
@@ -167,6 +198,21 @@ def test_a_curve_takes_the_last_of_what_was_done_again(tmp_path):
 
 def trial(number: int, loss: float, status: str = FINISHED, **settings) -> Trial:
     return Trial(number, settings or {"lr": number}, status=status, curve=(Point(1, 10, loss),))
+
+
+def test_a_trial_that_has_not_ended_is_told_as_what_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sweep = load_sweep(str(write_sweep(tmp_path, scheduler={"kind": "none"}, budget={"trials": 2, "tokens": 1000})), [])
+    study = Study(sweep, searcher_of(sweep), ("true",), lambda study: None)
+    assert study.next() is not None and study.status_of(study.trials[0]) == "running"
+    study.learn(0, {"step": 5, "tokens": 1280, "eval_loss": 3.0, "took_s": 1.0})
+    assert study.next() is None and study.cut == "budget.tokens=1000"
+    assert study.status_of(study.trials[0]) == "cut by the budget"
+    write_sweep_report(study)
+    assert "cut by the budget" in (tmp_path / "runs" / "search" / "report.html").read_text()
+    out = io.StringIO()
+    SweepTable("search", Console(file=out, width=240)).conclude(study, study.trials[0], "best.yaml", "report.html")
+    assert "after 1,280 tokens, cut by the budget: none came to its end" in out.getvalue()
 
 
 def test_the_best_is_the_best_mean_of_those_that_finished():

@@ -53,8 +53,11 @@ def probe(job: Job, mesh: Mesh, task: ProbeTask) -> Iterator[Event]:
     """
     memory = _GpuMemory() if torch.cuda.is_available() else _CpuMemory()
     limit_bytes = _agreed(task.limit_bytes or memory.available(task.local_size), dist.ReduceOp.MIN)
-    memory.set_limit(limit_bytes)
     yield Limit(limit_bytes)
+    if (used_bytes := _agreed(memory.used(), dist.ReduceOp.MAX)) >= limit_bytes:
+        yield OutOfMemory(0, f"a worker's process takes {used_bytes / 2**30:.2f} GiB before it has a model")
+        return
+    memory.set_limit(limit_bytes)
     rows, peaks = 0, dict[int, int]()
     try:
         engine = build_engine(job, mesh)
@@ -154,6 +157,9 @@ class _CpuMemory:
         """This process's share of what is free on the node, or in its cgroup, besides what it has already."""
         return int(CPU_FRAC * available_bytes() / local_size) + _status()["RssAnon"]
 
+    def used(self) -> int:
+        return _status()["RssAnon"]
+
     def set_limit(self, limit_bytes: int) -> None:
         hard = self._before[1]
         soft = limit_bytes + self._untouched
@@ -175,6 +181,10 @@ class _GpuMemory:
 
     def available(self, local_size: int) -> int:
         return torch.cuda.mem_get_info()[1]
+
+    def used(self) -> int:
+        free, total = torch.cuda.mem_get_info()
+        return total - free
 
     def set_limit(self, limit_bytes: int) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / torch.cuda.mem_get_info()[1]))

@@ -1,0 +1,40 @@
+"""The folder of a private cluster, without Ray."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from cluster import connect
+from tests.small_run import ROOT
+
+HOLD = """
+import sys, time
+from cluster.connect import _private_folder
+with _private_folder(sys.argv[1]) as folder:
+    print(folder, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_and_what_lives_is_not(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        held = Path(holder.stdout.readline().strip())
+        stranger = tmp_path / "ray-of-another-program"
+        stranger.mkdir()
+        long_ago = time.time() - 2 * connect.LEFT_AFTER_S
+        os.utime(held / connect.LOCK, (long_ago, long_ago))
+        with connect._private_folder(str(tmp_path)) as folder:
+            assert held.is_dir() and Path(folder).is_dir()
+        assert not Path(folder).exists()
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert held.is_dir(), "it was killed"
+    with connect._private_folder(str(tmp_path)):
+        assert not held.exists() and stranger.is_dir()
