@@ -116,7 +116,7 @@ def _private_folder(parent: str = "/tmp") -> Iterator[str]:
                 shutil.rmtree(left.parent, ignore_errors=True)
     with (
         tempfile.TemporaryDirectory(prefix="ray-", dir=parent, ignore_cleanup_errors=True) as folder,
-        open(Path(folder, LOCK), "w") as lock,
+        Path(folder, LOCK).open("w") as lock,
     ):
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield folder

@@ -73,8 +73,8 @@ ELASTIC_START_TIMEOUT_S = 20
 # runs in a thread that would have one. On the CPU each microbatch would pay for page faults again (seen: 15 to 20% of a step on 2 cores).
 KEEP_FREED_MEMORY = {
     "MALLOC_ARENA_MAX": "1",
-    # No tensor in a mapping of its own, which is new pages each time. As a threshold for them glibc takes 32 MiB at most: above it, logits of
-    # 50 MB made a step 13% slower, and by up to 7% otherwise in one process than in the next.
+    # No tensor in a mapping of its own, which is new pages each time. A threshold for mappings can be 32 MiB at most: logits of 50 MB then
+    # made a step 13% slower, and its time differed by 15% from one process to the next.
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1),
 }
