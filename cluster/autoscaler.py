@@ -30,7 +30,7 @@ class Autoscaler:
 
 
 def read_autoscaler(address: str) -> Autoscaler:
-    """`address`: host:port of the cluster's control service (GCS).
+    """What the autoscaler last told the control service (GCS) at `address`, host:port, and the nodes that are there.
 
     Only under an autoscaler does the head have a node type: `ray up` and KubeRay give it one. Version 1 gives none, and tells nothing of
     what it cannot do: it counts as none. On Kubernetes a cluster of fixed size looks as if it had one, which refuses all that does not fit.

@@ -15,10 +15,12 @@ from typing import Any
 
 from cluster.autoscaler import Autoscaler, read_autoscaler
 from cluster.connect import head_address, is_private
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, InfeasibleError
 from cluster.workers import Needs, Node, WorkerPlan, concurrent_trials, plan_workers, require_room, total_cpus
 
 LOOK_S = 0.5
+ANSWER_S = 60.0  # in which an autoscaler says whether it has nodes of a kind: its rounds are seconds apart
+KEPT_VERSIONS = 100  # of the cluster's states before the one that the autoscaler went by: older ones are asked for no more
 Bundle = dict[str, float]
 
 
@@ -46,7 +48,7 @@ def await_workers(needs: Needs, waiting: Waiting) -> WorkerPlan:
     on_gpus = _takes_gpus(needs, nodes)
     manages = not is_private() and read_autoscaler(head_address()).manages
     if manages and needs.device == "auto" and not on_gpus:
-        on_gpus = _can_start(plan_workers(needs, on_gpus=True).bundles, waiting) or _can_start([{"GPU": 1.0}], waiting)
+        on_gpus = _can_start(plan_workers(needs, on_gpus=True).bundles, waiting.watch) or _can_start([{"GPU": 1.0}], waiting.watch)
         if not on_gpus:
             waiting.show("the cluster's autoscaler has no GPU nodes: the run will be on CPUs")
     plan = plan_workers(needs, on_gpus)
@@ -72,7 +74,7 @@ def await_trials(limit: int | None, driver_cpus: int, needs: Needs, waiting: Wai
         one = [*plan.bundles, {"CPU": float(driver_cpus)}]
         try:
             await_bundles(one * (limit or 1), f"{limit or 1} trials of {plan}", "budget.max_concurrent", waiting)
-        except RefusedError:
+        except InfeasibleError:
             await_bundles(one, f"a trial of {plan}", "parallel.workers", waiting)
     nodes = _nodes()
     cpus = sum(node.cpus for node in nodes)
@@ -82,38 +84,39 @@ def await_trials(limit: int | None, driver_cpus: int, needs: Needs, waiting: Wai
     return concurrent_trials(limit, driver_cpus + total_cpus(needs.workers, needs.windows_ahead), needs.workers, cpus, gpus)
 
 
-def await_cpus(cpus: int, waiting: Waiting) -> None:
-    """Returns when the connected cluster has so many logical CPUs, which tasks of one each use. Raises ClusterError as `await_workers`."""
+def await_cpus(wanted: int, waiting: Waiting) -> int:
+    """How many tasks of one logical CPU the connected cluster runs at once. Where an autoscaler starts nodes, those for `wanted` tasks
+    (data.windows_ahead) are waited for; raises ClusterError as `await_workers`."""
     if not is_private() and read_autoscaler(head_address()).manages:
-        await_bundles([{"CPU": 1.0}] * cpus, f"{cpus} tasks", "their number", waiting)
-    elif (have := sum(node.cpus for node in _nodes())) < cpus:
-        raise ClusterError(f"{cpus} logical CPUs are needed, and the cluster has {have:g}. Start it with --num-cpus={cpus} or more nodes.")
+        await_bundles([{"CPU": 1.0}] * wanted, f"{wanted} data tasks", f"data.windows_ahead={wanted}", waiting)
+    return max(1, int(sum(node.cpus for node in _nodes())))
 
 
 def await_bundles(bundles: Sequence[Bundle], told: str, lower: str, waiting: Waiting) -> None:
     """Returns when all of them have been placed, each inside one node, and gives their places back.
 
-    `told`: for whom; `lower`: the keys to lower. Raises RefusedError where the autoscaler can start no such nodes, and nobody else uses any
-    that may become free; ClusterError after `waiting.at_most_s`.
+    `told`: for whom; `lower`: the keys to lower. Raises InfeasibleError where the autoscaler can start no such nodes, and nobody else uses
+    any that may become free; ClusterError after `waiting.at_most_s`.
     """
-    line, history, idle_since = "", History(), -1
+    line, history, chance = "", History(), Chance()
+    refused = (
+        f"the cluster's autoscaler can start no nodes for {told}: no node type has {_shape(bundles[0])}, or max_workers allows too few "
+        f"nodes for {_shapes(bundles)}"
+    )
     with _asked(bundles) as group:
         while not group.wait(0):
             waiting.watch()
             seen = _look()
             history.add(seen)
-            if group.id.hex() not in seen.refused or _in_use():
-                idle_since = -1
-            elif idle_since < 0:  # what somebody has just given back, its last round did not know of
-                idle_since = seen.version
-            elif seen.considered >= idle_since:
-                raise RefusedError(
-                    f"the cluster's autoscaler can start no nodes for {told}: no node type has {_shape(bundles[0])}, or max_workers allows "
-                    f"too few nodes for {_shapes(bundles)}. Lower {lower}, or raise max_workers (Kubernetes: maxReplicas) or add a node "
-                    "type in the cluster's file."
+            chance.look(seen, group.id.hex(), _in_use())
+            if chance.is_none:
+                raise InfeasibleError(
+                    f"{refused}. Lower {lower}, or raise max_workers (Kubernetes: maxReplicas) or add a node type in the cluster's file."
                 )
             missing = history.missing()
             before, line = line, f"waiting for {missing or f'room for {told}'}"
+            if chance.is_others and not missing:
+                line += f": {refused}, but others use the cluster and may leave room"
             if line != before:
                 waiting.show(line)
             if waiting.is_over:
@@ -124,23 +127,24 @@ def await_bundles(bundles: Sequence[Bundle], told: str, lower: str, waiting: Wai
             time.sleep(LOOK_S)
 
 
-class RefusedError(ClusterError):
-    """The autoscaler has no node types, or may not start enough nodes, for what was asked."""
-
-
-def _can_start(bundles: Sequence[Bundle], waiting: Waiting) -> bool:
+def _can_start(bundles: Sequence[Bundle], watch: Callable[[], None]) -> bool:
     """Whether the autoscaler has nodes for it: it is asked, as nothing else tells its node types with every provider. Where it has, it
     starts them, and where they are not needed they go again when they were idle for a while."""
-    asked_at = -1
+    asked_at, began_s = -1, time.monotonic()
     with _asked(bundles) as group:
         name = group.id.hex()
-        while not waiting.is_over and not group.wait(0):
-            waiting.watch()
+        while not group.wait(0):
+            watch()
             seen = _look()
             if asked_at < 0 and name in seen.pending:
                 asked_at = seen.version
             if 0 <= asked_at <= seen.considered:
                 return name not in seen.refused
+            if time.monotonic() - began_s > ANSWER_S:
+                raise ClusterError(
+                    f"the cluster's autoscaler has not said within {ANSWER_S:g} s whether it has GPU nodes. See its log on the head, or "
+                    "set parallel.device=gpu or parallel.device=cpu."
+                )
             time.sleep(LOOK_S)
     return True
 
@@ -164,6 +168,29 @@ def _look() -> Autoscaler:
         return Autoscaler(manages=False)
 
 
+class Chance:
+    """Whether there can be room for a placement group, by what the autoscaler told at each look. A refusal counts when a later round has
+    confirmed it: what somebody has just given back, the last one did not know of."""
+
+    def __init__(self) -> None:
+        self._refused_since = self._idle_since = -1
+        self.is_none = False  # it can start no nodes, and nobody uses any
+        self.is_others = False  # it can start no nodes while others use the cluster
+
+    def look(self, seen: Autoscaler, group: str, in_use: bool) -> None:
+        """`group`: its id in hex; `in_use`: whether somebody holds CPUs or GPUs of the cluster."""
+        if group not in seen.refused:
+            self._refused_since = self._idle_since = -1
+        elif self._refused_since < 0:
+            self._refused_since = seen.version
+        if in_use or self._refused_since < 0:
+            self._idle_since = -1
+        elif self._idle_since < 0:
+            self._idle_since = seen.version
+        self.is_none = 0 <= self._idle_since <= seen.considered
+        self.is_others = in_use and 0 <= self._refused_since <= seen.considered
+
+
 class History:
     """The nodes that lived at each look, so as to count those that are being started: the autoscaler tells them once a round, and some of
     them have come since."""
@@ -173,7 +200,7 @@ class History:
 
     def add(self, seen: Autoscaler) -> None:
         if seen.version:  # else the head did not answer
-            self._looks = [look for look in self._looks if look.version >= seen.considered - 100] + [seen]
+            self._looks = [look for look in self._looks if look.version >= seen.considered - KEPT_VERSIONS] + [seen]
 
     def missing(self) -> str:
         """'2 of 4 gpu nodes'; empty where none is being started."""

@@ -96,7 +96,8 @@ def _connect(address: str) -> None:
 
 
 def _log_what_the_head_tells() -> None:
-    """It tells every driver when a task waits for a node, in a paragraph on stdout: an autoscaler's every day."""
+    """Ray prints the cluster's warnings on a driver's stdout even with log_to_driver=False. Under an autoscaler it warns whenever a task
+    waits for a node, which is as it should be: so they go to the log."""
     from ray._private import worker
 
     def log(data: dict[str, Any], ignore_prefix: bool) -> None:

@@ -13,6 +13,10 @@ class HeadLostError(ClusterError):
     """The cluster's head does not answer any more."""
 
 
+class InfeasibleError(ClusterError):
+    """The autoscaler has no node types, or may not start enough nodes, for what was asked."""
+
+
 class SubmitError(ClusterError):
     """What was asked to be submitted cannot be: nothing was sent."""
 

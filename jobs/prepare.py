@@ -6,20 +6,22 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from cluster.capacity import Waiting, await_cpus
-from cluster.connect import connected
+from cluster.connect import connected, head_address
+from cluster.head import HeadWatch
+from jobs.exit_code import exit_code_of, take_over_signals
 from llm.config import RunConfig
 from llm.config_file import load_run
 from llm.data.builtin import CORPUS_FOLDER, prepare_builtin, prepare_builtin_tokenizer
 from llm.data.cache import require_room, token_cache
 from llm.data.corpus import plan_stream, with_builtin_corpus
-from llm.errors import ConfigError, HeadraceError
+from llm.errors import ConfigError
 from llm.observe.quiet import redirect_noise
 from llm.tokenizer import load_tokenizer
 
@@ -36,12 +38,12 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.tokens and not options.config:
         parser.error("--tokens needs --config FILE")
-    try:
+
+    def run() -> int:
         print(fill_tokens(load_run(options.config, options.set)) if options.tokens else write_builtin(options.out))
-    except HeadraceError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+        return 0
+
+    return exit_code_of(run, "what is in the token cache stays, and the same command goes on")
 
 
 def write_builtin(folder: Path) -> str:
@@ -59,13 +61,14 @@ def fill_tokens(config: RunConfig) -> str:
         raise ConfigError("data.cache.enabled=false: there is no token cache to fill. Set it to true.")
     recipe = plan_stream(config, load_tokenizer(config.tokenizer.path, config.tokenizer.eos, config.s3)).recipe
     require_room(cache, recipe)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    began_s, cpus = time.perf_counter(), os.cpu_count() or 1
-    with tempfile.TemporaryDirectory() as logs, redirect_noise(Path(logs) / "ray.log"), connected(cpus + 1):
-        await_cpus(cpus, Waiting(config.parallel.wait_nodes_s, lambda line: print(line, file=sys.stderr)))
+    began_s = time.perf_counter()
+    with tempfile.TemporaryDirectory() as logs, redirect_noise(Path(logs) / "ray.log"), connected(os.cpu_count() or 1):
+        take_over_signals()  # Ray has put its own handlers in their place
+        show, watch = partial(print, file=sys.stderr), HeadWatch(head_address()).look
+        tasks = await_cpus(config.data.windows_ahead, Waiting(config.parallel.wait_nodes_s, show, watch))
         from llm.data.stream import fill_cache  # imports Ray, which must be connected first
 
-        found = fill_cache(recipe, cache, cpus)
+        found = fill_cache(recipe, cache, tasks)
     took_s = time.perf_counter() - began_s
     return (
         f"{cache.uri}: {found['slices']} slices, {found['rows']:,} rows of {config.data.seq_len + 1}, {found['tokens']:,} tokens, "

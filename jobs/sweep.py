@@ -61,7 +61,7 @@ def _search(study: Study, lease: Lease) -> None:
     base, limit = study.sweep.base, study.sweep.file.budget.max_concurrent
     workers = study.sweep.most_workers()
     tensor = base.parallel.tensor if workers % base.parallel.tensor == 0 else 1
-    show = partial(print, file=sys.stdout, flush=True)  # which is a log below
+    show = partial(print, file=sys.stdout, flush=True)  # bound now: quiet_search redirects stdout
     cpus = TRIAL_CPUS + total_cpus(workers, base.data.windows_ahead)
     at_once = limit or max(1, (os.cpu_count() or 1) // workers)
     with tempfile.TemporaryDirectory() as folder, quiet_search(study.sweep.uri), connected(cpus * at_once):

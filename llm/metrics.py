@@ -118,7 +118,7 @@ METRICS: dict[str, Metric] = {
 
 # What each event carries besides "event" and "elapsed_s". Others may be written; the readers here use these.
 EVENTS: dict[str, str] = {
-    "start": "the trainer's loop is about to begin; total_steps, precision, device, nodes (the number of each rank's)",
+    "start": "the trainer's loop is about to begin; total_steps, precision, device, nodes: for each rank, the index of its node",
     "phase": "a part of the start-up is over; name, phase_s",
     "checkpoint": "a checkpoint is published; step, path, took_s (from the step to the publication), stall_s (training stood still for it)",
     "damaged": "a checkpoint was found damaged and set aside, and an older one taken; step, reason, path (where it is now)",

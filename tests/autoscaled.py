@@ -10,7 +10,6 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from typing import Any
 import psutil
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE, FakeMultiNodeProvider
 
+from tests.ports import free_port
 from tests.small_run import ROOT
 
 MARK = "HEADRACE_FAKE_CLUSTER"  # inherited by all of its processes
@@ -35,12 +35,6 @@ UNUSED = {
     },
     "file_mounts_sync_continuously": False,
 }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Autoscaled:

@@ -63,11 +63,17 @@ def rung_tokens(most: int, first_frac: float, reduction: float) -> list[int]:
 
 
 def promoted(trials: Mapping[int, Trial], tokens: int, reduction: float, least: int, repeats: int = 1) -> Sequence[int]:
-    """The best 1 in `reduction` of the trials that have seen so many tokens, best first, and at least so many. `repeats`: trials of one
-    setting, which follow one another and are judged by the mean of those that are there: no setting goes on for a lucky seed."""
-    losses = {trial.number: trial.loss_at(tokens) for trial in trials.values() if trial.status != FAILED and trial.tokens >= tokens}
-    of_setting: dict[int, list[float]] = {}
-    for number, loss in losses.items():
-        of_setting.setdefault(number // repeats, []).append(loss)
-    ranked = sorted(losses, key=lambda number: (fmean(of_setting[number // repeats]), number))
-    return ranked[: max(least, int(len(ranked) / reduction))]
+    """The trials of the best 1 in `reduction` of the settings that have seen so many tokens, best first, and of at least so many settings.
+
+    `repeats`: trials of one setting, which follow one another. It is judged by the mean of those that have not failed, once all are there,
+    and they go on together: a lucky seed takes no setting further.
+    """
+    of_setting: dict[int, list[Trial]] = {}
+    for trial in trials.values():
+        of_setting.setdefault(trial.number // repeats, []).append(trial)
+    going = {setting: [seed for seed in seeds if seed.status != FAILED] for setting, seeds in of_setting.items()}
+    whole = [setting for setting, seeds in of_setting.items() if len(seeds) == repeats and going[setting]]
+    there = [setting for setting in whole if all(seed.tokens >= tokens for seed in going[setting])]
+    ranked = sorted(there, key=lambda setting: (fmean(seed.loss_at(tokens) for seed in going[setting]), setting))
+    chosen = ranked[: max(least, int(len(ranked) / reduction))]
+    return [seed.number for setting in chosen for seed in going[setting]]

@@ -20,8 +20,8 @@ from ray.util.placement_group import PlacementGroup, placement_group
 
 from llm.job import Job
 
-# Of the controller and what it starts. Ray Data would have the autoscaler start nodes wherever its tasks keep theirs busy, up to twice what
-# they have, and at least one CPU for each of its stages: it shall make do with those of its windows, which the run asks for.
+# Environment of the controller and what it starts. Ray Data asks the autoscaler for more nodes whenever its tasks keep the present ones
+# busy, and for a CPU for each of its stages. These thresholds are never reached: it makes do with what the run asks for.
 CONTROLLER_SETTINGS = {
     **{f"RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_{kind}_UTIL_THRESHOLD": "1e9" for kind in ("CPU", "GPU", "MEMORY", "OBJECT_STORE_MEMORY")},
     RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: "0",  # as Ray's own start of its controller
@@ -39,9 +39,10 @@ class TensorGroups(WorkerGroup):
         return DefaultPlacementGroupHandle(group)
 
     def _create_workers(
-        self, num_workers: int, placement_group: PlacementGroup, resources_per_worker: dict[str, float], *_: Any, **others: Any
+        self, num_workers: int, placement_group: PlacementGroup, resources_per_worker: dict[str, float], **others: Any
     ) -> list[Worker]:
         """Adjacent ranks share a bundle: Ray numbers workers node by node, and every node has whole groups."""
+        assert others.get("placement_group_bundle_indices") is None, "Ray places single workers only where it replaces replicas"
         others["placement_group_bundle_indices"] = [worker // self._tensor for worker in range(num_workers)]
         return super()._create_workers(num_workers, placement_group, resources_per_worker, **others)
 
@@ -56,7 +57,7 @@ class TrainController(RayTrainController):
     worker_group_cls = TensorGroups
 
 
-class AsksForGroups(FixedScalingPolicy):
+class GroupScalingPolicy(FixedScalingPolicy):
     """Tells Ray's autoscaler, and Ray Data, which leaves their places alone, of whole tensor groups."""
 
     def __init__(self, job: Job, scaling_config: ScalingConfig) -> None:

@@ -103,9 +103,9 @@ class _Trainer(DataParallelTrainer):
             os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, str(ELASTIC_START_TIMEOUT_S))
         result = self._initialize_and_run_controller(
             train_fn_ref=ObjectRefWrapper(self._get_train_func()),
-            scaling_policy=recovery.LegalSizes(self._job, self.scaling_config)
+            scaling_policy=recovery.ElasticGroupsPolicy(self._job, self.scaling_config)
             if elastic
-            else recovery.AfterAWait(self._job, self.scaling_config),
+            else recovery.FixedGroupsPolicy(self._job, self.scaling_config),
             failure_policy=recovery.Restarts(self._job),
             train_run_context=self.train_run_context,
             callbacks=self._create_default_callbacks(),
@@ -115,7 +115,8 @@ class _Trainer(DataParallelTrainer):
         return result
 
     def _initialize_and_run_controller(self, **options: Any) -> Result:
-        """With a controller of our own, on the driver's node as Ray's."""
+        """With a controller of our own, on the driver's node as Ray's. Ray's version also takes over SIGINT, to abort the run from within
+        this thread: here the job does (jobs/exit_code.py)."""
         controller = ray.remote(TrainController).options(
             num_cpus=0,
             label_selector={NODE_ID_LABEL: ray.get_runtime_context().get_node_id()},

@@ -30,7 +30,7 @@ from llm.storage import exists, join, read_bytes
 from llm.train import life
 from llm.train.causes import Budget, Cause, Failure, failure_of
 from llm.train.elastic import legal_workers, place_workers
-from llm.train.gangs import AsksForGroups, group_bundle
+from llm.train.gangs import GroupScalingPolicy, group_bundle
 from llm.train.life import Incident
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class Restarts(FailurePolicy):
         return FailureDecision.RETRY
 
 
-class AfterAWait(AsksForGroups):
+class FixedGroupsPolicy(GroupScalingPolicy):
     """As many workers as the run has, once the wait of `Restarts` is over."""
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
@@ -104,7 +104,7 @@ class AfterAWait(AsksForGroups):
         return super().make_decision_for_non_running_worker_group()
 
 
-class LegalSizes(AsksForGroups):
+class ElasticGroupsPolicy(GroupScalingPolicy):
     """As many workers as fit on the nodes that are there, at the run's legal sizes, each bound to its node. When nodes come back, the
     running group is asked to save and stop, and starts again with more.
 
@@ -156,7 +156,8 @@ class LegalSizes(AsksForGroups):
         return NoopDecision()
 
     def _ask(self) -> None:
-        """Has an autoscaler start nodes for the fewest workers: what it is told of all is void where it cannot start nodes for all."""
+        """Has an autoscaler start nodes for the fewest workers. The policy's own request is for all of them, and an autoscaler that may not
+        start so many nodes starts none for it."""
         if self._asked is None:
             group = group_bundle(self.per_worker(), self.tensor)
             self._asked = placement_group([group] * (self._legal[-1] // self.tensor) + [{"CPU": 1.0}] * self._config.data.windows_ahead)

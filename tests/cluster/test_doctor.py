@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.planted import PlantedCluster, free_port, planted_cluster
+from tests.cluster.planted import PlantedCluster, planted_cluster
+from tests.ports import free_port
 from tests.small_run import write_small_run
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.planted import PlantedCluster, free_port, planted_cluster
+from tests.cluster.planted import PlantedCluster, planted_cluster
 from tests.cluster.walled import walled
+from tests.ports import free_port
 from tests.s3_server import start_s3_server
 from tests.small_run import ROOT, write_small_run
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import sys
 import tempfile
 import traceback
@@ -22,6 +21,7 @@ import numpy as np
 from llm.config import RunConfig
 from llm.data.order import Cursor
 from llm.state import COUNTED
+from tests.ports import free_port
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.distributed.preload"])
@@ -106,7 +106,7 @@ class Given:
 def run_ranks(target: Any, world_size: int, *args: Any) -> list[Any]:
     """`target(rank, world_size, *args)` in one process a rank, under one gloo group; what each returned. An error in one ends all."""
     with tempfile.TemporaryDirectory() as scratch:
-        port = _free_port()
+        port = free_port()
         answers = [CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
         processes = [
             CONTEXT.Process(target=_rank_main, args=(answers[rank][1], target, rank, world_size, port, scratch, args))
@@ -161,12 +161,6 @@ def _rank_main(sender: Any, target: Any, rank: int, world_size: int, port: int, 
     finally:
         sender.close()
         os._exit(0)  # peers of a failed rank wait in collectives for ever
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run_layout(config: RunConfig, model_config: dict[str, Any], seed: int = 0) -> Result:

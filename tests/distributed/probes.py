@@ -14,7 +14,7 @@ from typing import Any
 from llm.job import Job
 from llm.parallel.mesh import Mesh
 from llm.train.tune.events import Event, ProbeTask, RankDiedError
-from tests.distributed.layouts import CONTEXT, _free_port
+from tests.distributed.layouts import CONTEXT
 
 # M_ARENA_MAX, M_MMAP_MAX and M_TRIM_THRESHOLD, which a worker gets by its environment (llm.train.launch.KEEP_FREED_MEMORY).
 MALLOPT = {-8: 1, -4: 0, -1: (1 << 31) - 1}
@@ -31,7 +31,7 @@ class LocalProbes:
     def __call__(self, task: ProbeTask) -> Iterator[Sequence[Iterator[Event]]]:
         self.tasks.append(task)
         workers, tensor = self._job.config.parallel.workers, self._job.config.parallel.tensor
-        task, port = replace(task, local_size=workers), _free_port()
+        task, port = replace(task, local_size=workers), free_port()
         pipes = [CONTEXT.Pipe(duplex=False) for _ in range(workers)]
         with tempfile.TemporaryDirectory() as scratch:
             processes = [

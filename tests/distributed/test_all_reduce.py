@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 
 from llm.parallel.all_reduce import SIZES_BYTES, measure
-from tests.cluster.planted import free_port
+from tests.ports import free_port
 
 
 def test_each_size_has_a_bandwidth_on_every_rank() -> None:

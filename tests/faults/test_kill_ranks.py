@@ -19,7 +19,7 @@ import pytest
 
 from llm.config import RunConfig
 from tests.distributed.checkpoint_runs import Layout, layout_config, open_store, train_run
-from tests.distributed.layouts import CONTEXT, TIMEOUT_S, _free_port, _rank_main, llama, run_ranks
+from tests.distributed.layouts import CONTEXT, TIMEOUT_S, _rank_main, llama, run_ranks
 
 # Dropout draws from the random state in every step, so a state that was not put back shows in the weights.
 MODEL = llama(vocab_size=97, attention_dropout=0.1)
@@ -44,7 +44,7 @@ def live(config: RunConfig, run_uri: str, rng: random.Random, told: Told, kills_
     """One life of the run, which is killed at a random moment, unless it ends before that: then what every rank returned."""
     world_size = config.parallel.workers
     with tempfile.TemporaryDirectory() as scratch:
-        built, port = Path(scratch) / "built", _free_port()
+        built, port = Path(scratch) / "built", free_port()
         answers = [CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
         processes = [
             CONTEXT.Process(target=_rank_main, args=(answers[r][1], _rank, r, world_size, port, scratch, (config, run_uri, str(built))))

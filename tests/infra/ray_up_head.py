@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.infra.test_ray_up_policies import RAY_UP, load
-from tests.token_head import free_port
+from tests.ports import free_port
 
 FILES = sorted(path.stem for path in RAY_UP.glob("*.yaml"))
 # Ports of Ray that the command leaves as they are, and that only one Ray of a machine can have.

@@ -84,6 +84,8 @@ def test_more_gpus_than_the_autoscaler_may_start_are_named_and_a_wait_has_an_end
         assert code == 3 and "5 GPU workers" in error and "max_workers" in error, error
         code, out, error = end(cluster.start(recipe, "parallel.wait_nodes_s=0", "parallel.device=cpu", "run.name=hasty"))
         assert code == 3 and "after 0 s (parallel.wait_nodes_s)" in error, out + error
+        code, out, error = end(cluster.start(recipe, "parallel.wait_nodes_s=0", "run.name=hasty-too"))
+        assert code == 3 and "after 0 s (parallel.wait_nodes_s)" in error and "parallel.device=cpu" in error, out + error
         stopped = cluster.start(recipe, "parallel.device=cpu", "run.name=stopped")
         assert stopped.stdout is not None
         assert any(line.startswith("waiting for ") for line in stopped.stdout)

@@ -38,6 +38,15 @@ def test_a_lucky_seed_does_not_go_on():
     losses = [5.0, 9.0, 6.0, 6.1, 8.0, 8.0, 8.0, 8.0]  # settings of two seeds: means of 7, 6.05, 8, 8
     trials = {n: Trial(n, {}, repeat=n % 2, curve=(Point(1, 100, loss),)) for n, loss in enumerate(losses)}
     assert promoted(trials, 100, 4, 0, repeats=2) == [2, 3]
+    del trials[7]
+    assert promoted(trials, 100, 3, 0, repeats=2) == [2, 3], "a setting of which a seed is missing is not judged yet"
+    trials[3] = Trial(3, {}, repeat=1, status=FAILED)
+    assert promoted(trials, 100, 3, 0, repeats=2) == [2], "of a setting of which a seed failed, the others are"
+
+
+def test_the_seeds_of_a_setting_go_on_together():
+    trials = {n: Trial(n, {}, repeat=n % 3, curve=(Point(1, 100, 5 + n / 10),)) for n in range(12)}
+    assert promoted(trials, 100, 3, 0, repeats=3) == [0, 1, 2] and promoted(trials, 100, 2, 0, repeats=3) == [0, 1, 2, 3, 4, 5]
 
 
 def study_of(folder, trials: int) -> Study:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.autoscaler import Autoscaler
-from cluster.capacity import History
+from cluster.capacity import Chance, History
 from cluster.errors import ClusterError
 from cluster.workers import Needs, Node, WorkerPlan, group_places, plan_workers, require_room
 
@@ -122,3 +122,29 @@ def test_nodes_that_have_come_since_the_autoscaler_told_of_them_are_not_waited_f
     assert history.missing() == ""
     history.add(Autoscaler(True, version=13, considered=12, alive={"gpu": 4}, starting={"cpu": 1}))
     assert history.missing() == "1 of 1 cpu node"
+
+
+def looked(*looks: tuple[int, int, bool, bool]) -> tuple[bool, bool]:
+    """After looks of (version, considered, whether the group is refused, whether others use the cluster): (no chance, others may leave)."""
+    chance = Chance()
+    for version, considered, refused, in_use in looks:
+        seen = Autoscaler(True, version=version, considered=considered, refused=frozenset({"ab"} if refused else {"cd"}))
+        chance.look(seen, "ab", in_use)
+    return chance.is_none, chance.is_others
+
+
+@pytest.mark.parametrize(
+    ("looks", "verdict"),
+    [
+        ([(1, 0, False, False)], (False, False)),
+        ([(5, 4, True, False)], (False, False)),  # of a round before this look
+        ([(5, 4, True, False), (6, 5, True, False)], (True, False)),
+        ([(5, 4, True, False), (6, 5, False, False), (7, 6, True, False)], (False, False)),
+        ([(5, 4, True, True), (6, 5, True, True)], (False, True)),
+        ([(5, 4, True, True), (6, 5, True, False)], (False, False)),  # they left just now: the round did not know
+        ([(5, 4, True, True), (6, 5, True, False), (7, 6, True, False)], (True, False)),
+        ([(5, 4, True, False), (0, 0, False, False)], (False, False)),  # the head did not answer
+    ],
+)
+def test_a_refusal_counts_when_a_later_round_says_so_and_nobody_can_leave_room(looks, verdict):
+    assert looked(*looks) == verdict
