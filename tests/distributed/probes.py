@@ -15,6 +15,7 @@ from llm.job import Job
 from llm.parallel.mesh import Mesh
 from llm.train.tune.events import Event, ProbeTask, RankDiedError
 from tests.distributed.layouts import CONTEXT
+from tests.ports import free_port
 
 # M_ARENA_MAX, M_MMAP_MAX and M_TRIM_THRESHOLD, which a worker gets by its environment (llm.train.launch.KEEP_FREED_MEMORY).
 MALLOPT = {-8: 1, -4: 0, -1: (1 << 31) - 1}

@@ -20,6 +20,7 @@ import pytest
 from llm.config import RunConfig
 from tests.distributed.checkpoint_runs import Layout, layout_config, open_store, train_run
 from tests.distributed.layouts import CONTEXT, TIMEOUT_S, _rank_main, llama, run_ranks
+from tests.ports import free_port
 
 # Dropout draws from the random state in every step, so a state that was not put back shows in the weights.
 MODEL = llama(vocab_size=97, attention_dropout=0.1)
