@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import os
 import re
+import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException, IncompleteRead, RemoteDisconnected
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -128,11 +130,17 @@ class JobServer:
         """The answer, of status 200, or 404 with `missing`."""
         try:
             answer = self._session.request(method, self.address + path, timeout=(CONNECT_S, ANSWER_S), allow_redirects=False, **content)
-        except requests.exceptions.SSLError:
-            raise ClusterError(
-                f"{self.address} has no TLS certificate that this client trusts. Set REQUESTS_CA_BUNDLE to its CA's."
-            ) from None
+        except requests.exceptions.SSLError as error:
+            if any(isinstance(each, ssl.SSLCertVerificationError) for each in _causes(error)):
+                raise ClusterError(
+                    f"{self.address} has no TLS certificate that this client trusts. Set REQUESTS_CA_BUNDLE to its CA's."
+                ) from None
+            raise ClusterError(f"{self.address} answers, but not in TLS. Nearest: http{self.address.removeprefix('https')}.") from None
         except (requests.exceptions.ConnectTimeout, requests.exceptions.ConnectionError) as error:
+            if words := next((str(each) for each in _causes(error) if _is_no_http(each)), None):
+                raise ClusterError(
+                    f"{self.address} answers, but not in HTTP ({words[:60]!r}): it is another service. {_PORT_HINT}"
+                ) from None
             raise HeadLostError(f"nobody answers at {self.address} ({_reason(error)}). {_PORT_HINT}") from None
         except (requests.exceptions.RequestException, ValueError) as error:  # a host that is none is told by many kinds
             raise HeadLostError(f"{self.address} did not answer {method} {path}: {type(error).__name__}. {_PORT_HINT}") from None
@@ -212,12 +220,13 @@ def _http_address(address: str | None) -> str:
     full = named if "://" in named else f"http://{named}"
     try:
         parts = urlsplit(full)
-    except ValueError:
-        raise ClusterError(f"{named} is no address of a job server. {_PORT_HINT}") from None
-    if "@" in parts.netloc:
-        raise ClusterError("the address holds a user name or password. Leave them out: the token comes from RAY_AUTH_TOKEN.")
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/") or parts.query:
-        raise ClusterError(f"{named} is no address of a job server. {_PORT_HINT}")
+        if "@" in parts.netloc:
+            raise ClusterError("the address holds a user name or password. Leave them out: the token comes from RAY_AUTH_TOKEN.")
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.path in ("", "/") and not parts.query and parts.port != 0
+    except ValueError:  # brackets that do not close, a port above 65535
+        usable = False
+    if not usable:
+        raise ClusterError(f"{named!r} is no address of a job server: http(s)://HOST:PORT, with a port of 1 to 65535. {_PORT_HINT}")
     return f"{parts.scheme}://{parts.netloc}"
 
 
@@ -232,8 +241,21 @@ def _package_path(uri: str) -> str:
     return f"/api/packages/{protocol}/{name}"
 
 
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what it was raised for: requests and urllib3 put layers around it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_no_http(error: BaseException) -> bool:
+    return isinstance(error, HTTPException) and not isinstance(error, RemoteDisconnected | IncompleteRead)
+
+
 def _reason(error: Exception) -> str:
     """What the system said, out of the layers that requests and urllib3 put around it."""
+    if any(isinstance(each, RemoteDisconnected) for each in _causes(error)):
+        return "the connection is closed without an answer"
     text = str(error)
     if found := re.search(r"\[Errno -?\d+\] ([^'\")\]]+)", text):
         return found[1]

@@ -21,7 +21,7 @@ from cluster.errors import ClusterError, HeadLostError, SubmitError
 from cluster.job_server import JobServer, JobState, read_token
 from cluster.package import pack
 from jobs import submit as job
-from tests.fake_job_server import Fake, fake_job_server
+from tests.fake_job_server import Fake, answering, fake_job_server
 
 ROOT = Path(__file__).parents[2]
 RUN = """
@@ -148,12 +148,31 @@ def test_who_does_not_answer_is_told_by_its_cause() -> None:
         pytest.raises(ClusterError, match=r"runs Ray 2\.9\.0, and this client has Ray"),
     ):
         JobServer(there.address)
-    for address in ("ray://head:10001", "http://head:8265/api", "ftp://head", "http://"):
-        with pytest.raises(ClusterError, match="is no address of a job server"):
+    for address in ("ray://head:10001", "http://head:8265/api", "ftp://head", "http://", "http://head:99999", "head:0", "head:-1"):
+        with pytest.raises(ClusterError, match=r"is no address of a job server: http\(s\)://HOST:PORT, with a port of 1 to 65535"):
             JobServer(address)
     with pytest.raises(ClusterError, match="holds a user name or password") as caught:
         JobServer("http://me:canary@head:8265")
     assert "canary" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "words", "told"),
+    [
+        (
+            "http",
+            b"SSH-2.0-\x1b[31mOpenSSH\r\n",
+            r"answers, but not in HTTP \('SSH-2\.0-\\x1b\[31mOpenSSH.*it is another service\. Give .*8265",
+        ),
+        ("http", b"\x15\x03\x01\x00\x02\x02\n", "answers, but not in HTTP"),
+        ("http", b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000 + b"\r\n\r\n", "answers, but not in HTTP"),
+        ("http", b"", "nobody answers .*the connection is closed without an answer"),
+        ("https", b"HTTP/1.1 200 OK\r\n\r\n", r"answers, but not in TLS\. Nearest: http://127\.0\.0\.1:"),
+    ],
+)
+def test_who_answers_something_else_is_told_as_what_it_is(scheme: str, words: bytes, told: str) -> None:
+    with answering(words) as address, pytest.raises(ClusterError, match=told):
+        JobServer(f"{scheme}://{address}")
 
 
 def test_the_address_that_is_named_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
