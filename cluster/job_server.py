@@ -3,12 +3,14 @@ RAY_API_SERVER_ADDRESS and RAY_ADDRESS), nothing waits for ever, and what goes w
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from http.client import HTTPException, IncompleteRead, RemoteDisconnected
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +21,7 @@ import requests
 from requests.auth import AuthBase
 
 from cluster.errors import ClusterError, HeadLostError
+from cluster.printable import printable, printable_lines
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"
 CONNECT_S = 10.0
@@ -29,7 +32,8 @@ ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 @dataclass(frozen=True)
 class JobState:
-    """A submitted job as the server tells it. `status`: PENDING, RUNNING or one of ENDED."""
+    """A submitted job as the server tells it, all texts printable, only `message` of several lines. `status`: PENDING, RUNNING or one of
+    ENDED."""
 
     job_id: str
     status: str
@@ -74,11 +78,12 @@ class JobServer:
             return _state(self._ask("GET", _job_path(job_id)).json())
 
     def log(self, job_id: str) -> str:
+        """As it is: what shows it makes it printable."""
         with self._understood():
-            return self._ask("GET", f"{_job_path(job_id)}/logs").json()["logs"] or ""
+            return _text(self._ask("GET", f"{_job_path(job_id)}/logs").json()["logs"])
 
     async def tail(self, job_id: str) -> AsyncIterator[str]:
-        """The log from its start, in pieces, until the job has ended or the connection breaks: the caller asks which."""
+        """The log from its start, in pieces and as it is, until the job has ended or the connection breaks: the caller asks which."""
         import aiohttp
 
         url = f"{self.address}{_job_path(job_id)}/logs/tail"
@@ -110,7 +115,7 @@ class JobServer:
 
     def _require_same_ray(self) -> None:
         with self._understood():
-            there = self._ask("GET", "/api/version", missing=True).json()["ray_version"].strip()
+            there = printable(self._ask("GET", "/api/version", missing=True).json()["ray_version"].strip())
         here = metadata.version("ray")
         if there != here:
             raise ClusterError(
@@ -123,7 +128,7 @@ class JobServer:
         """An answer that is none of Ray's."""
         try:
             yield
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
             raise ClusterError(f"{self.address} answers, but not as Ray's job server. {_PORT_HINT}") from None
 
     def _ask(self, method: str, path: str, missing: bool = False, **content: Any) -> requests.Response:
@@ -148,7 +153,7 @@ class JobServer:
             raise ClusterError(_refused(self.address, answer.status_code))
         if answer.status_code == 200 or (missing and answer.status_code == 404):
             return answer
-        lines = [line.strip() for line in answer.text.splitlines() if line.strip()] or ["without a word"]
+        lines = [printable(line.strip()) for line in answer.text.splitlines() if line.strip()] or ["without a word"]
         if answer.status_code == 404:
             raise ClusterError(f"{self.address}: {lines[0][:300]}. `headrace jobs list` tells which there are.")
         # The server's answer to a failure is a traceback, whose last line is the error.
@@ -263,17 +268,30 @@ def _reason(error: Exception) -> str:
 
 
 def _state(job: Mapping[str, Any]) -> JobState:
-    def seconds(name: str) -> float | None:
-        return job[name] / 1000 if job.get(name) else None
+    """Raises ValueError, TypeError or the like where it is no state of a job."""
 
+    def seconds(name: str) -> float | None:
+        if not job.get(name):
+            return None
+        at_s = job[name] / 1000
+        datetime.fromtimestamp(at_s)  # whether it is a time at all
+        return at_s
+
+    code = job.get("driver_exit_code")
     return JobState(
-        job_id=job.get("submission_id") or job.get("job_id") or "",
-        status=str(job["status"]),
-        entrypoint=job.get("entrypoint") or "",
-        metadata=job.get("metadata") or {},
-        package=(job.get("runtime_env") or {}).get("working_dir") or "",
-        message=job.get("message") or "",
+        job_id=printable(_text(job.get("submission_id") or job.get("job_id"))),
+        status=printable(_text(job["status"])),
+        entrypoint=printable(_text(job.get("entrypoint"))),
+        metadata={printable(key): printable(str(value)) for key, value in (job.get("metadata") or {}).items()},
+        package=printable(_text((job.get("runtime_env") or {}).get("working_dir"))),
+        message=printable_lines(_text(job.get("message"))),
         began_at_s=seconds("start_time"),
         ended_at_s=seconds("end_time"),
-        driver_exit_code=job.get("driver_exit_code"),
+        driver_exit_code=None if code is None else operator.index(code),
     )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str | None):
+        raise TypeError(type(value).__name__)
+    return value or ""

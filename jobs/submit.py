@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -107,7 +108,7 @@ def described(job: str, config: str, overrides: Sequence[str]) -> tuple[str, lis
 
 
 def how_to(job_id: str, address: str) -> str:
-    named = f"{job_id} --address {address}"
+    named = f"{shlex.quote(job_id)} --address {address}"
     return f"  follow it: headrace jobs logs --follow {named}\n  stop it:   headrace jobs stop {named}"
 
 

@@ -15,7 +15,8 @@ from aiohttp import web
 
 @dataclass
 class Fake:
-    """`cuts`: of the log, after how many characters each connection to it breaks; the last one tells the rest."""
+    """`cuts`: of the log, after how many characters each connection to it breaks; the last one tells the rest. `more`: of the job `a`, what
+    it tells beside or instead."""
 
     log: str = ""
     cuts: Sequence[int] = ()
@@ -23,6 +24,8 @@ class Fake:
     status: int = 200  # of every answer
     jobs: list[dict[str, Any]] = field(default_factory=list)
     exit_code: int | None = 0
+    more: dict[str, Any] = field(default_factory=dict)
+    answer: str = "no"  # where `status` is not 200
     connections: int = 0
     submitted: list[dict[str, Any]] = field(default_factory=list)
     packages: list[str] = field(default_factory=list)
@@ -31,7 +34,7 @@ class Fake:
     def details(self) -> dict[str, Any]:
         ended = self.connections > len(self.cuts)
         status = "RUNNING" if not ended else "SUCCEEDED" if self.exit_code == 0 else "FAILED"
-        return {"submission_id": "a", "status": status, "driver_exit_code": self.exit_code if ended else None}
+        return {"submission_id": "a", "status": status, "driver_exit_code": self.exit_code if ended else None, **self.more}
 
 
 @contextmanager
@@ -103,7 +106,7 @@ def _app(fake: Fake) -> web.Application:
 
     @web.middleware
     async def refuse(request: web.Request, handler: Any) -> web.StreamResponse:
-        return await handler(request) if fake.status == 200 else web.Response(status=fake.status, text="no")
+        return await handler(request) if fake.status == 200 else web.Response(status=fake.status, text=fake.answer)
 
     async def version(request: web.Request) -> web.Response:
         return web.json_response({"ray_version": fake.ray_version})

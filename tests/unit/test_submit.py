@@ -20,6 +20,8 @@ from cluster import package, submit
 from cluster.errors import ClusterError, HeadLostError, SubmitError
 from cluster.job_server import JobServer, JobState, read_token
 from cluster.package import pack
+from cluster.printable import PrintableLog, printable
+from jobs import jobs as listing
 from jobs import submit as job
 from tests.fake_job_server import Fake, answering, fake_job_server
 
@@ -325,3 +327,88 @@ def test_no_job_is_called_by_dots(folder: Path) -> None:
         for name in ("", ".", ".."):
             with pytest.raises(ClusterError, match="no job can be called"):
                 JobServer(there.address).job(name)
+
+
+HOSTILE = "\x1b]52;c;ZXZpbA==\x07\x1b[2J\x9b31m\x08\r\u202e\ud800"
+HARMFUL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\ud800]")
+
+
+def hostile_job(**more) -> dict:
+    told = {
+        "submission_id": f"x{HOSTILE}\n\nfaked",
+        "status": f"RUNNING{HOSTILE}",
+        "entrypoint": f"evil{HOSTILE}",
+        "message": f"m{HOSTILE}",
+    }
+    return {**told, "metadata": {submit.BASE: "small"}, "runtime_env": {"working_dir": HOSTILE}, **more}
+
+
+def test_no_control_character_of_a_server_reaches_the_terminal(folder: Path, capsys) -> None:
+    with fake_job_server(fake(jobs=[hostile_job()], more={**hostile_job(), "message": f"one\nstatus    fine{HOSTILE}"})) as there:
+        named = ["--address", there.address]
+        assert listing.main(["list", *named]) == 0
+        assert listing.main(["status", "a", *named]) == 0
+        shown = capsys.readouterr().out
+        assert "\n          status    fine" in shown, "a line of the message looks like a field"
+        assert listing.main(["stop", "a", *named]) == 3
+        assert listing.main(["list", *named]) == 0
+        assert job.main(["pretrain", *named, "--config", "run.yaml", "--no-wait"]) == 3
+        told = capsys.readouterr()
+        assert "x\\x1b]52;c;ZXZpbA==" in told.out and "the job x\\x1b]52" in told.err
+        there.status, there.answer = 500, f"Traceback{HOSTILE[:-1]}"
+        assert listing.main(["list", *named]) == 3
+    with fake_job_server(fake(ray_version=f"2.9{HOSTILE}")) as there:
+        assert listing.main(["list", "--address", there.address]) == 3
+    told = shown + told.out + told.err + "".join(capsys.readouterr())
+    assert "Traceback\\x1b" in told and "2.9\\x1b" in told
+    assert HARMFUL.search(told) is None
+
+
+def test_an_id_that_a_server_tells_is_no_command_to_copy(folder: Path, capsys) -> None:
+    with fake_job_server(fake()) as there:
+        words = ["pretrain", "--address", there.address, "--config", "run.yaml", "--no-wait"]
+        assert job.main(words) == 0
+        there.jobs.append(hostile_job(submission_id="x; rm -rf ~", status="RUNNING", entrypoint=there.submitted[0]["entrypoint"]))
+        there.jobs[0]["runtime_env"] = there.submitted[0]["runtime_env"]
+        capsys.readouterr()
+        assert job.main(words) == 0
+    assert "logs --follow 'x; rm -rf ~' --address" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "more", [{"start_time": 1e300}, {"start_time": "x"}, {"driver_exit_code": "1"}, {"metadata": [1]}, {"status": None}]
+)
+def test_a_state_that_is_none_is_told_as_one(more: dict) -> None:
+    with fake_job_server(fake(more=more)) as there, pytest.raises(ClusterError, match="answers, but not as Ray's job server"):
+        JobServer(there.address).job("a")
+
+
+def test_a_log_comes_without_what_a_terminal_obeys(capsys) -> None:
+    log = f"10%\r\x1b[32m20%\x1b[0m\tdone\x1b[1A\n{HOSTILE[:-1]}end\n"
+    with fake_job_server(fake(log=log)) as there:  # the fake cuts it into pieces of 7
+        assert listing.main(["logs", "a", "--follow", "--address", there.address]) == 0
+        assert listing.main(["logs", "a", "--address", there.address]) == 0
+    assert capsys.readouterr().out == 2 * "10%\r20%\tdone\n]52;c;ZXZpbA==31m\rend\n"
+
+
+@given(st.text(st.sampled_from("ab\n\r\t\x1b[;0mé\x07\x9b")), st.lists(st.integers(0, 20)))
+def test_a_log_is_printable_however_it_is_cut(log: str, sizes: list[int]) -> None:
+    def shown(pieces: list[str]) -> str:
+        seen: list[str] = []
+        printed = PrintableLog(seen.append)
+        for piece in pieces:
+            printed(piece)
+        return "".join(seen)
+
+    pieces, at = [], 0
+    for size in sizes:
+        pieces.append(log[at : at + size])
+        at += size
+    assert shown([*pieces, log[at:]]) == shown([log])
+    assert set(shown([log])) <= set("ab\n\r\t[;0mé")
+
+
+@given(st.text())
+def test_a_printable_text_is_one_line_and_ordinary_text_stays(text: str) -> None:
+    assert printable(text).isprintable()
+    assert printable(text) == text or not text.isprintable()
