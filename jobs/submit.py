@@ -13,6 +13,7 @@ from pathlib import Path
 from cluster.errors import SubmitError
 from cluster.job_server import JobServer
 from cluster.package import inside, pack
+from cluster.printable import printable
 from cluster.submit import follow, submit
 from jobs.exit_code import exit_code_of
 from llm.config_file import load_run
@@ -27,6 +28,7 @@ JOBS = {
     "doctor": ("jobs.doctor", ()),
 }
 DETACHED = 130
+LEFT_OUT_SHOWN = 5
 JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -59,6 +61,8 @@ def send(options: argparse.Namespace) -> int:
     if not JOB_ID.fullmatch(base):
         raise SubmitError(f"--id {base!r} must be a letter or digit and up to 99 more, or '.', '_' and '-'.")
     package = pack(options.working_dir, files)
+    if package.left_out:
+        print(left_out(package.left_out), file=sys.stderr)
     server = JobServer(options.address)
     module, more = JOBS[options.job]
     where = inside(options.working_dir, Path(options.config)).as_posix()
@@ -105,6 +109,15 @@ def described(job: str, config: str, overrides: Sequence[str]) -> tuple[str, lis
         return file.sweep.name, [Path(config), Path(config).parent / file.run]
     name = load_run(config, overrides).run.name
     return name if job == "pretrain" else f"{name}-{job}", [Path(config)]
+
+
+def left_out(paths: Sequence[Path]) -> str:
+    named = ", ".join(printable(path.as_posix()) for path in paths[:LEFT_OUT_SHOWN])
+    more = f" and {len(paths) - LEFT_OUT_SHOWN} more" if len(paths) > LEFT_OUT_SHOWN else ""
+    return (
+        f"not sent, as their names are those of files with secrets: {named}{more}. What the job needs of them belongs into the environment "
+        "of the nodes; what holds no secret goes along under another name."
+    )
 
 
 def how_to(job_id: str, address: str) -> str:

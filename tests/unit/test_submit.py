@@ -74,6 +74,41 @@ def test_the_same_files_go_along_as_with_ray(tmp_path: Path) -> None:
     assert "deep/er/d.log" in theirs and "a.py" in theirs and "data/1.bin" not in theirs
 
 
+SECRET_NAMES = (
+    *(".env", "conf/.ENV.local", "prod.env", "ca/tls.pem", "tls.key", "id_rsa", "deep/id_ed25519.bak", ".netrc", ".pypirc", "token"),
+    *(".aws/config", "me/.ssh/known", "credentials", "gcp-credentials.json", "Secrets.yaml", "terraform.tfstate", "kubeconfig"),
+)
+ORDINARY_NAMES = ("run.yaml", "id_rsa.pub", "environment.py", "tokenizer.json", "tokens.txt", "credentials.py", "secrets/a.py", "keys.txt")
+
+
+def test_no_secret_goes_along_and_all_that_stays_is_told(folder: Path, capsys) -> None:
+    for name in (*SECRET_NAMES, *ORDINARY_NAMES[1:]):
+        write(folder / name, name)
+    (folder / "plain.txt").symlink_to(folder / ".env")
+    (folder / "conf" / "link").symlink_to(folder / ".aws")
+    (folder / "loop").symlink_to("loop")
+    found = pack(folder)
+    assert {path.as_posix() for path in found.files} == set(ORDINARY_NAMES)
+    folders = {".aws/config": ".aws", "me/.ssh/known": "me/.ssh"}
+    told = {*(folders.get(name, name) for name in SECRET_NAMES), "plain.txt", "conf/link"}
+    assert {path.as_posix() for path in found.left_out} == told
+    assert set(zipfile.ZipFile(BytesIO(found.archive)).namelist()) == set(ORDINARY_NAMES)
+    write(folder / ".rayignore", "*\n!run.yaml\n!.env\n")
+    with fake_job_server(fake()) as there:
+        words = ["pretrain", "--address", there.address, "--config", "run.yaml", "--no-wait"]
+        assert job.main(words) == 0
+        assert capsys.readouterr().err == (
+            "not sent, as their names are those of files with secrets: .env. What the job needs of them belongs into the environment of "
+            "the nodes; what holds no secret goes along under another name.\n"
+        )
+        (folder / ".rayignore").unlink()
+        assert job.main(words) == 0
+        assert " and 14 more. What" in capsys.readouterr().err
+        write(folder / "prod.env", RUN)
+        assert job.main([*words[:4], "prod.env", "--no-wait"]) == 2
+        assert "prod.env would not be uploaded: its name is that of files with secrets" in capsys.readouterr().err
+
+
 def test_equal_files_make_equal_packages(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write(tmp_path / name / "a.py")
