@@ -80,7 +80,7 @@ class JobServer:
     def log(self, job_id: str) -> str:
         """As it is: what shows it makes it printable."""
         with self._understood():
-            return _text(self._ask("GET", f"{_job_path(job_id)}/logs").json()["logs"])
+            return _text(self._ask("GET", f"{_job_path(job_id)}/logs").json()["logs"] or "")
 
     async def tail(self, job_id: str) -> AsyncIterator[str]:
         """The log from its start, in pieces and as it is, until the job has ended or the connection breaks: the caller asks which."""
@@ -279,12 +279,12 @@ def _state(job: Mapping[str, Any]) -> JobState:
 
     code = job.get("driver_exit_code")
     return JobState(
-        job_id=printable(_text(job.get("submission_id") or job.get("job_id"))),
+        job_id=printable(_text(job.get("submission_id") or job.get("job_id") or "")),
         status=printable(_text(job["status"])),
-        entrypoint=printable(_text(job.get("entrypoint"))),
+        entrypoint=printable(_text(job.get("entrypoint") or "")),
         metadata={printable(key): printable(str(value)) for key, value in (job.get("metadata") or {}).items()},
-        package=printable(_text((job.get("runtime_env") or {}).get("working_dir"))),
-        message=printable_lines(_text(job.get("message"))),
+        package=printable(_text((job.get("runtime_env") or {}).get("working_dir") or "")),
+        message=printable_lines(_text(job.get("message") or "")),
         began_at_s=seconds("start_time"),
         ended_at_s=seconds("end_time"),
         driver_exit_code=None if code is None else operator.index(code),
@@ -292,6 +292,6 @@ def _state(job: Mapping[str, Any]) -> JobState:
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, str | None):
+    if not isinstance(value, str):
         raise TypeError(type(value).__name__)
-    return value or ""
+    return value

@@ -390,7 +390,7 @@ def test_no_control_character_of_a_server_reaches_the_terminal(folder: Path, cap
         assert job.main(["pretrain", *named, "--config", "run.yaml", "--no-wait"]) == 3
         told = capsys.readouterr()
         assert "x\\x1b]52;c;ZXZpbA==" in told.out and "the job x\\x1b]52" in told.err
-        there.status, there.answer = 500, f"Traceback{HOSTILE[:-1]}"
+        there.status, there.answer = 500, f"{HOSTILE[:-1]}\nTraceback\x1b[2J"
         assert listing.main(["list", *named]) == 3
     with fake_job_server(fake(ray_version=f"2.9{HOSTILE}")) as there:
         assert listing.main(["list", "--address", there.address]) == 3
