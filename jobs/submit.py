@@ -16,6 +16,7 @@ from cluster.package import inside, pack
 from cluster.printable import printable
 from cluster.submit import follow, submit
 from jobs.exit_code import exit_code_of
+from llm.config import NAME
 from llm.config_file import load_run
 from llm.redact import without_secrets
 from llm.search.sweep_config import load_sweep
@@ -29,7 +30,6 @@ JOBS = {
 }
 DETACHED = 130
 LEFT_OUT_SHOWN = 5
-JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,7 +58,7 @@ def send(options: argparse.Namespace) -> int:
             "a --set or the job's name holds a credential, or the value of a secret variable of this environment: the job server shows the "
             "commands of all jobs. Set that variable where the job runs, in the cluster's environment."
         )
-    if not JOB_ID.fullmatch(base):
+    if not re.fullmatch(NAME, base):
         raise SubmitError(f"--id {base!r} must be a letter or digit and up to 99 more, or '.', '_' and '-'.")
     package = pack(options.working_dir, files)
     if package.left_out:

@@ -27,7 +27,7 @@ def instructions(text: str) -> list[tuple[str, str]]:
     """Name and arguments of each instruction, continued lines joined."""
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
-    return [(name.upper(), rest.strip()) for name, rest in (re.fullmatch(r"\s*(\S+)(.*)", line).groups() for line in joined.splitlines())]
+    return [(name.upper(), " ".join(rest)) for name, *rest in (line.split(maxsplit=1) for line in joined.splitlines())]
 
 
 def of(text: str, *names: str) -> list[str]:

@@ -340,6 +340,7 @@ def test_what_an_attacker_would_send_is_refused_in_one_line(folder: Path, monkey
         (["--id", "it's-a-secret1"], "a --set or the job's name holds a credential"),
         (["--id", ".."], "--id '..' must be"),
         (["--id=-x"], "--id '-x' must be"),
+        (["--id", "x\n"], "must be a letter or digit"),
         (["--id", "x" * 101], "must be a letter or digit"),
         (["--address", "http://[::1"], "is no address of a job server"),
         (["--address", f"http://{'h' * 300}:1"], "did not answer|nobody answers"),
