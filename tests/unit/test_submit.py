@@ -20,8 +20,10 @@ from cluster import package, submit
 from cluster.errors import ClusterError, HeadLostError, SubmitError
 from cluster.job_server import JobServer, JobState, read_token
 from cluster.package import pack
+from cluster.printable import PrintableLog, printable
+from jobs import jobs as listing
 from jobs import submit as job
-from tests.fake_job_server import Fake, fake_job_server
+from tests.fake_job_server import Fake, answering, fake_job_server
 
 ROOT = Path(__file__).parents[2]
 RUN = """
@@ -70,6 +72,41 @@ def test_the_same_files_go_along_as_with_ray(tmp_path: Path) -> None:
     ours = pack(tmp_path)
     assert set(zipfile.ZipFile(BytesIO(ours.archive)).namelist()) == theirs
     assert "deep/er/d.log" in theirs and "a.py" in theirs and "data/1.bin" not in theirs
+
+
+SECRET_NAMES = (
+    *(".env", "conf/.ENV.local", "prod.env", "ca/tls.pem", "tls.key", "id_rsa", "deep/id_ed25519.bak", ".netrc", ".pypirc", "token"),
+    *(".aws/config", "me/.ssh/known", "credentials", "gcp-credentials.json", "Secrets.yaml", "terraform.tfstate", "kubeconfig"),
+)
+ORDINARY_NAMES = ("run.yaml", "id_rsa.pub", "environment.py", "tokenizer.json", "tokens.txt", "credentials.py", "secrets/a.py", "keys.txt")
+
+
+def test_no_secret_goes_along_and_all_that_stays_is_told(folder: Path, capsys) -> None:
+    for name in (*SECRET_NAMES, *ORDINARY_NAMES[1:]):
+        write(folder / name, name)
+    (folder / "plain.txt").symlink_to(folder / ".env")
+    (folder / "conf" / "link").symlink_to(folder / ".aws")
+    (folder / "loop").symlink_to("loop")
+    found = pack(folder)
+    assert {path.as_posix() for path in found.files} == set(ORDINARY_NAMES)
+    folders = {".aws/config": ".aws", "me/.ssh/known": "me/.ssh"}
+    told = {*(folders.get(name, name) for name in SECRET_NAMES), "plain.txt", "conf/link"}
+    assert {path.as_posix() for path in found.left_out} == told
+    assert set(zipfile.ZipFile(BytesIO(found.archive)).namelist()) == set(ORDINARY_NAMES)
+    write(folder / ".rayignore", "*\n!run.yaml\n!.env\n")
+    with fake_job_server(fake()) as there:
+        words = ["pretrain", "--address", there.address, "--config", "run.yaml", "--no-wait"]
+        assert job.main(words) == 0
+        assert capsys.readouterr().err == (
+            "not sent, as their names are those of files with secrets: .env. What the job needs of them belongs into the environment of "
+            "the nodes; what holds no secret goes along under another name.\n"
+        )
+        (folder / ".rayignore").unlink()
+        assert job.main(words) == 0
+        assert " and 14 more. What" in capsys.readouterr().err
+        write(folder / "prod.env", RUN)
+        assert job.main([*words[:4], "prod.env", "--no-wait"]) == 2
+        assert "prod.env would not be uploaded: its name is that of files with secrets" in capsys.readouterr().err
 
 
 def test_equal_files_make_equal_packages(tmp_path: Path) -> None:
@@ -148,12 +185,31 @@ def test_who_does_not_answer_is_told_by_its_cause() -> None:
         pytest.raises(ClusterError, match=r"runs Ray 2\.9\.0, and this client has Ray"),
     ):
         JobServer(there.address)
-    for address in ("ray://head:10001", "http://head:8265/api", "ftp://head", "http://"):
-        with pytest.raises(ClusterError, match="is no address of a job server"):
+    for address in ("ray://head:10001", "http://head:8265/api", "ftp://head", "http://", "http://head:99999", "head:0", "head:-1"):
+        with pytest.raises(ClusterError, match=r"is no address of a job server: http\(s\)://HOST:PORT, with a port of 1 to 65535"):
             JobServer(address)
     with pytest.raises(ClusterError, match="holds a user name or password") as caught:
         JobServer("http://me:canary@head:8265")
     assert "canary" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "words", "told"),
+    [
+        (
+            "http",
+            b"SSH-2.0-\x1b[31mOpenSSH\r\n",
+            r"answers, but not in HTTP \('SSH-2\.0-\\x1b\[31mOpenSSH.*it is another service\. Give .*8265",
+        ),
+        ("http", b"\x15\x03\x01\x00\x02\x02\n", "answers, but not in HTTP"),
+        ("http", b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000 + b"\r\n\r\n", "answers, but not in HTTP"),
+        ("http", b"", "nobody answers .*the connection is closed without an answer"),
+        ("https", b"HTTP/1.1 200 OK\r\n\r\n", r"answers, but not in TLS\. Nearest: http://127\.0\.0\.1:"),
+    ],
+)
+def test_who_answers_something_else_is_told_as_what_it_is(scheme: str, words: bytes, told: str) -> None:
+    with answering(words) as address, pytest.raises(ClusterError, match=told):
+        JobServer(f"{scheme}://{address}")
 
 
 def test_the_address_that_is_named_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,6 +340,7 @@ def test_what_an_attacker_would_send_is_refused_in_one_line(folder: Path, monkey
         (["--id", "it's-a-secret1"], "a --set or the job's name holds a credential"),
         (["--id", ".."], "--id '..' must be"),
         (["--id=-x"], "--id '-x' must be"),
+        (["--id", "x\n"], "must be a letter or digit"),
         (["--id", "x" * 101], "must be a letter or digit"),
         (["--address", "http://[::1"], "is no address of a job server"),
         (["--address", f"http://{'h' * 300}:1"], "did not answer|nobody answers"),
@@ -306,3 +363,88 @@ def test_no_job_is_called_by_dots(folder: Path) -> None:
         for name in ("", ".", ".."):
             with pytest.raises(ClusterError, match="no job can be called"):
                 JobServer(there.address).job(name)
+
+
+HOSTILE = "\x1b]52;c;ZXZpbA==\x07\x1b[2J\x9b31m\x08\r\u202e\ud800"
+HARMFUL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\ud800]")
+
+
+def hostile_job(**more) -> dict:
+    told = {
+        "submission_id": f"x{HOSTILE}\n\nfaked",
+        "status": f"RUNNING{HOSTILE}",
+        "entrypoint": f"evil{HOSTILE}",
+        "message": f"m{HOSTILE}",
+    }
+    return {**told, "metadata": {submit.BASE: "small"}, "runtime_env": {"working_dir": HOSTILE}, **more}
+
+
+def test_no_control_character_of_a_server_reaches_the_terminal(folder: Path, capsys) -> None:
+    with fake_job_server(fake(jobs=[hostile_job()], more={**hostile_job(), "message": f"one\nstatus    fine{HOSTILE}"})) as there:
+        named = ["--address", there.address]
+        assert listing.main(["list", *named]) == 0
+        assert listing.main(["status", "a", *named]) == 0
+        shown = capsys.readouterr().out
+        assert "\n          status    fine" in shown, "a line of the message looks like a field"
+        assert listing.main(["stop", "a", *named]) == 3
+        assert listing.main(["list", *named]) == 0
+        assert job.main(["pretrain", *named, "--config", "run.yaml", "--no-wait"]) == 3
+        told = capsys.readouterr()
+        assert "x\\x1b]52;c;ZXZpbA==" in told.out and "the job x\\x1b]52" in told.err
+        there.status, there.answer = 500, f"{HOSTILE[:-1]}\nTraceback\x1b[2J"
+        assert listing.main(["list", *named]) == 3
+    with fake_job_server(fake(ray_version=f"2.9{HOSTILE}")) as there:
+        assert listing.main(["list", "--address", there.address]) == 3
+    told = shown + told.out + told.err + "".join(capsys.readouterr())
+    assert "Traceback\\x1b" in told and "2.9\\x1b" in told
+    assert HARMFUL.search(told) is None
+
+
+def test_an_id_that_a_server_tells_is_no_command_to_copy(folder: Path, capsys) -> None:
+    with fake_job_server(fake()) as there:
+        words = ["pretrain", "--address", there.address, "--config", "run.yaml", "--no-wait"]
+        assert job.main(words) == 0
+        there.jobs.append(hostile_job(submission_id="x; rm -rf ~", status="RUNNING", entrypoint=there.submitted[0]["entrypoint"]))
+        there.jobs[0]["runtime_env"] = there.submitted[0]["runtime_env"]
+        capsys.readouterr()
+        assert job.main(words) == 0
+    assert "logs --follow 'x; rm -rf ~' --address" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "more", [{"start_time": 1e300}, {"start_time": "x"}, {"driver_exit_code": "1"}, {"metadata": [1]}, {"status": None}]
+)
+def test_a_state_that_is_none_is_told_as_one(more: dict) -> None:
+    with fake_job_server(fake(more=more)) as there, pytest.raises(ClusterError, match="answers, but not as Ray's job server"):
+        JobServer(there.address).job("a")
+
+
+def test_a_log_comes_without_what_a_terminal_obeys(capsys) -> None:
+    log = f"10%\r\x1b[32m20%\x1b[0m\tdone\x1b[1A\n{HOSTILE[:-1]}end\n"
+    with fake_job_server(fake(log=log)) as there:  # the fake cuts it into pieces of 7
+        assert listing.main(["logs", "a", "--follow", "--address", there.address]) == 0
+        assert listing.main(["logs", "a", "--address", there.address]) == 0
+    assert capsys.readouterr().out == 2 * "10%\r20%\tdone\n]52;c;ZXZpbA==31m\rend\n"
+
+
+@given(st.text(st.sampled_from("ab\n\r\t\x1b[;0mé\x07\x9b")), st.lists(st.integers(0, 20)))
+def test_a_log_is_printable_however_it_is_cut(log: str, sizes: list[int]) -> None:
+    def shown(pieces: list[str]) -> str:
+        seen: list[str] = []
+        printed = PrintableLog(seen.append)
+        for piece in pieces:
+            printed(piece)
+        return "".join(seen)
+
+    pieces, at = [], 0
+    for size in sizes:
+        pieces.append(log[at : at + size])
+        at += size
+    assert shown([*pieces, log[at:]]) == shown([log])
+    assert set(shown([log])) <= set("ab\n\r\t[;0mé")
+
+
+@given(st.text())
+def test_a_printable_text_is_one_line_and_ordinary_text_stays(text: str) -> None:
+    assert printable(text).isprintable()
+    assert printable(text) == text or not text.isprintable()
