@@ -16,7 +16,7 @@ from typing import Any
 from cluster.autoscaler import Autoscaler, read_autoscaler
 from cluster.connect import head_address, is_private
 from cluster.errors import ClusterError, InfeasibleError
-from cluster.workers import Needs, Node, WorkerPlan, concurrent_trials, plan_workers, require_room, total_cpus
+from cluster.workers import Needs, Node, WorkerPlan, concurrent_trials, plan_workers, require_room, takes_gpus, total_cpus
 
 LOOK_S = 0.5
 ANSWER_S = 60.0  # in which an autoscaler says whether it has nodes of a kind: its rounds are seconds apart
@@ -45,7 +45,7 @@ def await_workers(needs: Needs, waiting: Waiting) -> WorkerPlan:
     where it cannot start such nodes; after `waiting.at_most_s` with what is missing.
     """
     nodes = _nodes()
-    on_gpus = _takes_gpus(needs, nodes)
+    on_gpus = takes_gpus(needs, nodes)
     manages = not is_private() and read_autoscaler(head_address()).manages
     if manages and needs.device == "auto" and not on_gpus:
         on_gpus = _can_start(plan_workers(needs, on_gpus=True).bundles, waiting.watch) or _can_start([{"GPU": 1.0}], waiting.watch)
@@ -79,7 +79,7 @@ def await_trials(limit: int | None, driver_cpus: int, needs: Needs, waiting: Wai
     nodes = _nodes()
     cpus = sum(node.cpus for node in nodes)
     if not manages:
-        require_room(plan_workers(needs, _takes_gpus(needs, nodes)), nodes)
+        require_room(plan_workers(needs, takes_gpus(needs, nodes)), nodes)
     gpus = 0.0 if needs.device == "cpu" else sum(node.gpus for node in nodes)
     return concurrent_trials(limit, driver_cpus + total_cpus(needs.workers, needs.windows_ahead), needs.workers, cpus, gpus)
 
@@ -222,10 +222,6 @@ def _in_use() -> bool:
 
     whole, free = ray.cluster_resources(), ray.available_resources()
     return any(free.get(name, 0.0) < whole.get(name, 0.0) for name in ("CPU", "GPU"))
-
-
-def _takes_gpus(needs: Needs, nodes: Sequence[Node]) -> bool:
-    return needs.device == "gpu" or (needs.device == "auto" and any(node.gpus for node in nodes))
 
 
 def _nodes() -> list[Node]:

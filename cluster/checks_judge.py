@@ -6,12 +6,15 @@ A red finding is what a run would fail on, or what makes it unsafe; a yellow one
 from __future__ import annotations
 
 import ipaddress
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from cluster.checks_facts import NodeFacts
 from cluster.checks_reach import ClockOffset, Closed
+from cluster.errors import ClusterError
+from cluster.workers import Needs, Node, plan_workers, require_room, takes_gpus
 
 Severity = Literal["red", "yellow", "green"]
 SEVERITIES: tuple[Severity, ...] = ("red", "yellow", "green")
@@ -42,7 +45,8 @@ class NodeReport:
 
     node: str
     address: str
-    gpus: float = 0.0  # what Ray counts
+    cpus: float = 0.0  # what Ray counts, as those below
+    gpus: float = 0.0
     object_store_bytes: float = 0.0
     silence: str | None = None
     facts: NodeFacts | None = None
@@ -67,22 +71,21 @@ class Bandwidth:
 @dataclass(frozen=True)
 class Wanted:
     """What a run needs, or any. `versions`: the driver's. `free_bytes`: by what a disk is for; those not named need `least_free_bytes`.
-    `storage`: the URI that every node must write, None: not checked. `workers`: on GPUs, where there are some; 0 where it wants none.
-    `autoscaled`: whether nodes come when a run asks for them."""
+    `storage`: the URI that every node must write, None: not checked. `needs`: the workers of a run, None: of none. `autoscaled`: whether
+    nodes come when a run asks for them."""
 
     versions: dict[str, str | None]
     storage: str | None = None
-    workers: int = 1
-    cpus: float = 1.0
+    needs: Needs | None = None
     autoscaled: bool = False
     free_bytes: dict[str, int] | None = None
     least_free_bytes: int = 1 * GIB
     least_gb_per_s: float = 0.1
 
 
-def judge(nodes: Sequence[NodeReport], cpus: float, gpus: float, bandwidth: Bandwidth | None, wanted: Wanted) -> list[Finding]:
-    """One finding or more for each rule and node, red ones first. `cpus`, `gpus`: what Ray counts in the whole cluster."""
-    found = [*_capacity(cpus, gpus, wanted)]
+def judge(nodes: Sequence[NodeReport], bandwidth: Bandwidth | None, wanted: Wanted) -> list[Finding]:
+    """One finding or more for each rule and node, red ones first."""
+    found = [*_room(nodes, wanted)]
     for node in nodes:
         found += _of_node(node, wanted)
     found += _token(nodes)
@@ -101,7 +104,7 @@ def _of_node(node: NodeReport, wanted: Wanted) -> Iterator[Finding]:
     if node.silence is not None or node.facts is None:
         fix = "Look at the node's logs and its network; start it again if it hangs"
         if "ModuleNotFoundError" in (node.silence or ""):
-            fix = "Install Headrace's checkout on this node, or have Ray bring it: ray job submit --working-dir ."
+            fix = "Install Headrace's checkout on this node, or have it brought: headrace submit doctor"
         yield Finding("red", node.node, "answer", node.silence or "told nothing", "every node runs a task in time", fix)
         return
     yield from _versions(node.node, node.facts, wanted)
@@ -233,22 +236,23 @@ def _same_gpus(nodes: Sequence[NodeReport]) -> Iterator[Finding]:
         yield Finding("yellow", ALL_NODES, "GPU drivers", ", ".join(sorted(drivers)), "one driver", "Install one driver on all nodes")
 
 
-def _capacity(cpus: float, gpus: float, wanted: Wanted) -> Iterator[Finding]:
-    rule = f"{wanted.cpus:g} logical CPUs or more"
-    too_few: Severity = "yellow" if wanted.autoscaled else "red"
-    coming = "Nothing, if the autoscaler may start as many: they come when a run asks. Else: " if wanted.autoscaled else ""
-    if cpus < wanted.cpus:
-        fix = f"{coming}Start nodes with --num-cpus={wanted.cpus:g} in all, or lower parallel.workers or data.windows_ahead"
-        yield Finding(too_few, ALL_NODES, "CPUs", f"{cpus:g}", rule, fix)
+def _room(nodes: Sequence[NodeReport], wanted: Wanted) -> Iterator[Finding]:
+    """By the rule that the run goes by when it begins."""
+    if wanted.needs is None:
+        return
+    sizes = [Node(node.cpus, node.gpus) for node in nodes]
+    plan = plan_workers(wanted.needs, takes_gpus(wanted.needs, sizes))
+    seen = ", ".join(f"{count} x {size.cpus:g} CPUs and {size.gpus:g} GPUs" for size, count in Counter(sizes).items())
+    try:
+        require_room(plan, sizes)
+    except ClusterError as error:
+        if wanted.autoscaled:
+            fix = f"Nothing, if the autoscaler may start what is missing: it comes when a run asks. Else: {error}"
+            yield Finding("yellow", ALL_NODES, "room", seen, f"room for {plan}", fix)
+        else:
+            yield Finding("red", ALL_NODES, "room", seen, f"room for {plan}", str(error))
     else:
-        yield Finding("green", ALL_NODES, "CPUs", f"{cpus:g}", rule)
-    if 0 < gpus < wanted.workers:
-        fix = f"{coming}Add GPU nodes, or set parallel.workers={gpus:g}"
-        yield Finding(
-            too_few, ALL_NODES, "GPUs of the cluster", f"{gpus:g}", f"one for each of {wanted.workers} workers, or none at all", fix
-        )
-    elif gpus and wanted.workers:
-        yield Finding("green", ALL_NODES, "GPUs of the cluster", f"{gpus:g}", f"one for each of {wanted.workers} workers")
+        yield Finding("green", ALL_NODES, "room", seen, f"room for {plan}")
 
 
 def _all_reduce(bandwidth: Bandwidth, wanted: Wanted) -> Finding:

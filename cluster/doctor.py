@@ -29,8 +29,6 @@ Measure = Callable[[int, int, str, str, float], dict[int, float]]
 @dataclass(frozen=True)
 class Examination:
     nodes: tuple[NodeReport, ...]
-    cpus: float
-    gpus: float
     bandwidth: Bandwidth | None
 
 
@@ -54,8 +52,7 @@ def examine(places: Mapping[str, str], check_storage: Callable[[], None] | None,
         bandwidth = None
         if len(alive) > 1:
             bandwidth = _bandwidth(measure, [rows[i] for i in alive], [probes[i] for i in alive], timeout_s)
-    resources = ray.cluster_resources()
-    return Examination(tuple(reports), resources.get("CPU", 0.0), resources.get("GPU", 0.0), bandwidth)
+    return Examination(tuple(reports), bandwidth)
 
 
 class Probe:
@@ -143,7 +140,8 @@ def _probes(node_ids: list[str], gpus: float = 0.0) -> Iterator[list[Any]]:
 def _report(row: dict[str, Any]) -> NodeReport:
     address, resources = row["NodeManagerAddress"], row["Resources"]
     name = "head" if HEAD_RESOURCE in resources else row["NodeID"][:6]
-    return NodeReport(f"{address} ({name})", address, resources.get("GPU", 0.0), resources.get("object_store_memory", 0.0))
+    counted = (resources.get(kind, 0.0) for kind in ("CPU", "GPU", "object_store_memory"))
+    return NodeReport(f"{address} ({name})", address, *counted)
 
 
 def _with_facts(report: NodeReport, answer: _Answer) -> NodeReport:

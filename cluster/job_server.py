@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 import requests
+from requests import certs
 from requests.auth import AuthBase
 
 from cluster.errors import ClusterError, HeadLostError
@@ -88,8 +89,8 @@ class JobServer:
 
         url = f"{self.address}{_job_path(job_id)}/logs/tail"
         try:
-            async with aiohttp.ClientSession(headers=_bearer(read_token())) as session:
-                async with session.ws_connect(url, heartbeat=SILENCE_S) as stream:
+            async with aiohttp.ClientSession(headers=_bearer(read_token()), trust_env=True) as session:
+                async with session.ws_connect(url, heartbeat=SILENCE_S, ssl=_trusted()) as stream:
                     async for message in stream:
                         if message.type is not aiohttp.WSMsgType.TEXT:
                             return
@@ -153,6 +154,8 @@ class JobServer:
             raise ClusterError(_refused(self.address, answer.status_code))
         if answer.status_code == 200 or (missing and answer.status_code == 404):
             return answer
+        if method == "GET" and answer.status_code >= 500:  # a head, or what stands before it, that starts again
+            raise HeadLostError(f"{self.address} answers {path} with status {answer.status_code}. {_PORT_HINT}")
         lines = [printable(line.strip()) for line in answer.text.splitlines() if line.strip()] or ["without a word"]
         if answer.status_code == 404:
             raise ClusterError(f"{self.address}: {lines[0][:300]}. `headrace jobs list` tells which there are.")
@@ -200,6 +203,12 @@ def _sendable(token: str, where: str) -> str:
     if not (token.isascii() and token.isprintable()):
         raise ClusterError(f"the token of {where} holds a line break or a character that no token has. Copy the cluster's anew.")
     return token
+
+
+def _trusted() -> ssl.SSLContext:
+    """Whose certificates count, as for requests."""
+    bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or certs.where()
+    return ssl.create_default_context(capath=bundle) if Path(bundle).is_dir() else ssl.create_default_context(cafile=bundle)
 
 
 def _bearer(token: str | None) -> dict[str, str]:

@@ -130,7 +130,10 @@ def _require_inside(folder: Path, needed: Path, files: Sequence[Path], left_out:
 
 
 def _require_size(folder: Path, files: Sequence[Path]) -> None:
-    sizes = {path.relative_to(folder): path.stat().st_size for path in files}
+    try:
+        sizes = {path.relative_to(folder): path.stat().st_size for path in files}
+    except OSError as error:
+        raise SubmitError(f"{error.filename} cannot be packed: {error.strerror}. If a job writes there, add it to .rayignore.") from None
     total = sum(sizes.values())
     if total <= LIMIT_BYTES:
         return

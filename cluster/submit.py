@@ -67,8 +67,9 @@ def follow(server: JobServer, job_id: str, show: Callable[[str], None]) -> JobSt
         asyncio.run(_tail(server, job_id, shown))
         try:
             state = server.job(job_id)
+            if state.status != "PENDING":
+                shown.whole(server.log(job_id))  # also where no connection for pieces came about: not every proxy lets one through
             if state.ended:
-                shown.whole(server.log(job_id))
                 return state
             seen_s = time.monotonic()
         except HeadLostError as error:

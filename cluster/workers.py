@@ -66,6 +66,11 @@ def plan_workers(needs: Needs, on_gpus: bool) -> WorkerPlan:
     return WorkerPlan(needs.workers, needs.tensor, needs.windows_ahead, 1.0, 1.0 if on_gpus else 0.0)
 
 
+def takes_gpus(needs: Needs, nodes: Sequence[Node]) -> bool:
+    """Whether workers are on GPUs where these nodes are all there is."""
+    return needs.device == "gpu" or (needs.device == "auto" and any(node.gpus for node in nodes))
+
+
 def group_places(plan: WorkerPlan, nodes: Sequence[Node]) -> list[int]:
     """The node of each tensor group, in as few nodes as possible; fewer than the plan's groups where no more fit."""
     rooms = [_groups_on(plan, node) for node in nodes]

@@ -15,7 +15,7 @@ from cluster.checks_judge import Finding, Wanted, exit_code, judge
 from cluster.connect import connected, head_address, is_private
 from cluster.doctor import examine
 from cluster.errors import ClusterError
-from cluster.workers import total_cpus
+from cluster.workers import Needs, total_cpus
 from jobs.doctor_table import show
 from jobs.exit_code import exit_code_of, take_over_signals
 from llm.config import RunConfig
@@ -23,7 +23,7 @@ from llm.config_file import load_run
 from llm.errors import HeadraceError
 from llm.model.flops import num_parameters
 from llm.model.presets import model_config
-from llm.redact import cleaned
+from llm.redact import cleaned, without_secrets
 from llm.storage import is_s3, local_path, read_bytes
 from llm.storage_check import check_storage, delete_object, put_object
 
@@ -53,8 +53,9 @@ def main(argv: list[str] | None = None) -> int:
             findings = diagnose(config, options.timeout, options.min_gb_per_s)
         except Exception as error:
             if options.json:
-                print_json([Finding("red", "driver", *what_failed(error))])
+                print_json([Finding("red", "driver", *(without_secrets(each) for each in what_failed(error)))])
             raise
+        findings = [Finding(**cleaned(asdict(finding))) for finding in findings]
         if options.json:
             print_json(findings)
         else:
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def print_json(findings: list[Finding]) -> None:
-    print(json.dumps(cleaned([asdict(finding) for finding in findings]), indent=1))  # cleaned before: afterwards it might be no JSON
+    print(json.dumps([asdict(finding) for finding in findings], indent=1))
 
 
 def what_failed(error: Exception) -> tuple[str, str, str]:
@@ -81,7 +82,7 @@ def diagnose(config: RunConfig | None, timeout_s: float, least_gb_per_s: float) 
     """Connects to the cluster of RAY_ADDRESS, or starts a private one, and judges it, red findings first. Raises ClusterError where it
     cannot connect."""
     wanted = needs_of(config, least_gb_per_s)
-    with connected(int(wanted.cpus)):
+    with connected(total_cpus(wanted.needs.workers, wanted.needs.windows_ahead) if wanted.needs else 1):
         take_over_signals()  # Ray has put its own handler in their place
         wanted = replace(wanted, autoscaled=not is_private() and read_autoscaler(head_address()).manages)
         findings: list[Finding] = []
@@ -100,7 +101,7 @@ def diagnose(config: RunConfig | None, timeout_s: float, least_gb_per_s: float) 
             if config is not None and wanted.storage is not None and shared is not None:
                 with suppress(HeadraceError):  # each node says so itself
                     delete_object(wanted.storage, shared[0], config.s3)
-    return findings + judge(seen.nodes, seen.cpus, seen.gpus, seen.bandwidth, wanted)
+    return findings + judge(seen.nodes, seen.bandwidth, wanted)
 
 
 def measure(rank: int, world_size: int, where: str, backend: str, timeout_s: float) -> dict[int, float]:
@@ -115,12 +116,11 @@ def needs_of(config: RunConfig | None, least_gb_per_s: float) -> Wanted:
     if config is None:
         return Wanted(versions(), least_gb_per_s=least_gb_per_s)
     storage = config.run.storage if is_s3(config.run.storage) else local_path(config.run.storage)
-    workers = config.parallel.min_workers or config.parallel.workers
+    parallel = config.parallel
     return Wanted(
         versions(),
         storage=storage,
-        workers=0 if config.parallel.device == "cpu" else workers,
-        cpus=total_cpus(workers, config.data.windows_ahead),
+        needs=Needs(parallel.min_workers or parallel.workers, parallel.tensor, config.data.windows_ahead, parallel.device),
         free_bytes=_free_bytes(config),
         least_gb_per_s=least_gb_per_s,
     )

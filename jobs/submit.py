@@ -18,6 +18,7 @@ from cluster.submit import follow, submit
 from jobs.exit_code import exit_code_of
 from llm.config import NAME
 from llm.config_file import load_run
+from llm.model.presets import model_config
 from llm.redact import without_secrets
 from llm.search.sweep_config import load_sweep
 
@@ -59,7 +60,10 @@ def send(options: argparse.Namespace) -> int:
             "commands of all jobs. Set that variable where the job runs, in the cluster's environment."
         )
     if not re.fullmatch(NAME, base):
-        raise SubmitError(f"--id {base!r} must be a letter or digit and up to 99 more, or '.', '_' and '-'.")
+        raise SubmitError(
+            f"the job's id {base!r} ({len(base)} characters) must be a letter or digit and up to 99 more, or '.', '_' and '-'. Give "
+            "one: --id ID."
+        )
     package = pack(options.working_dir, files)
     if package.left_out:
         print(left_out(package.left_out), file=sys.stderr)
@@ -101,13 +105,16 @@ def described(job: str, config: str, overrides: Sequence[str]) -> tuple[str, lis
     """The id that a job of this configuration gets, and the files that it reads. They are read here as the job will, so that a mistake is
     told before anything is sent. Raises ConfigError."""
     if job == "sweep":
-        file = load_sweep(config, list(overrides)).file
+        file = load_sweep(config, list(overrides), with_files=False).file
         if Path(file.run).is_absolute():
             raise SubmitError(
                 f"{config}: run={file.run} is a path of this machine. Name the run relative to the sweep, as in run: run.yaml"
             )
         return file.sweep.name, [Path(config), Path(config).parent / file.run]
-    name = load_run(config, overrides).run.name
+    run = load_run(config, overrides)
+    if run.model.preset:  # a model.path is read where the job runs
+        model_config(run.model, None, lambda uri: b"")
+    name = run.run.name
     return name if job == "pretrain" else f"{name}-{job}", [Path(config)]
 
 

@@ -12,8 +12,9 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, quote_plus, unquote, urlsplit
@@ -105,11 +106,20 @@ def credential_in(uri: str) -> str | None:
 def clean_records() -> Iterator[None]:
     """Log records that are made inside are without secrets, tracebacks included, whoever has put a handler where: Ray does, too."""
     before = logging.getLogRecordFactory()
-    logging.setLogRecordFactory(lambda *told, **more: _clean_record(before(*told, **more)))
+    if not isinstance(before, _CleanRecords):  # a worker's own logging and what Ray runs in it both ask for it
+        logging.setLogRecordFactory(_CleanRecords(before))
     try:
         yield
     finally:
         logging.setLogRecordFactory(before)
+
+
+@dataclass(frozen=True)
+class _CleanRecords:
+    make: Callable[..., logging.LogRecord]
+
+    def __call__(self, *told: Any, **more: Any) -> logging.LogRecord:
+        return _clean_record(self.make(*told, **more))
 
 
 def _clean_record(record: logging.LogRecord) -> logging.LogRecord:
@@ -139,19 +149,27 @@ def scrubbed() -> Iterator[None]:
 
 def scrub(error: BaseException) -> BaseException:
     """`error` to be raised on: the same one, its texts and those of what caused it without secrets; another where that cannot be done."""
-    one: BaseException | None = error
-    seen: set[int] = set()
-    while one is not None and id(one) not in seen:
-        seen.add(id(one))
-        if _tells(one):
-            one.args = cleaned(one.args)
-            for name in ("filename", "filename2", "strerror", *vars(one)):
-                if isinstance(getattr(one, name, None), str):
-                    setattr(one, name, cleaned(getattr(one, name)))
-        if _tells(one):
-            return RuntimeError(f"{type(error).__name__}: {without_secrets(str(error))}")
-        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+    if not _was_cleaned(error):
+        return RuntimeError(f"{type(error).__name__}: {without_secrets(str(error))}")
+    one, seen = error, {id(error)}
+    while (cause := one.__cause__ or (None if one.__suppress_context__ else one.__context__)) is not None and id(cause) not in seen:
+        if not _was_cleaned(cause):  # what it caused is still told as what it is
+            one.__cause__ = one.__context__ = None
+            break
+        seen.add(id(cause))
+        one = cause
     return error
+
+
+def _was_cleaned(error: BaseException) -> bool:
+    """Whether its texts have no secrets, from now on."""
+    if _tells(error):
+        with suppress(Exception):  # an error may forbid changes
+            error.args = cleaned(error.args)
+            for name in ("filename", "filename2", "strerror", *vars(error)):
+                if isinstance(getattr(error, name, None), str):
+                    setattr(error, name, cleaned(getattr(error, name)))
+    return not _tells(error)
 
 
 def _tells(error: BaseException) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import re
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -21,9 +20,7 @@ from llm.config import LogSection
 from llm.errors import ConfigError, StorageError
 from llm.metrics import METRICS, Row
 from llm.observe.tfrecord import tf_record
-from llm.redact import without_secrets
-
-_SECRET_NAME = re.compile(r"(^|[_.])(api_?key|access_key|access_key_id|secret|secret_key|password|auth_token|token)$", re.I)
+from llm.redact import HIDDEN, SECRET_VARIABLE, without_secrets
 
 
 class RowSink(Protocol):
@@ -157,11 +154,11 @@ class MlflowSink:
         self._waiting: list[Any] = []
         try:
             self._client = mlflow.MlflowClient(tracking_uri=uri)
-            known = _known_id(folder, f"mlflow {without_secrets(uri)}")
+            known = _known_id(folder, f"mlflow {uri}")
             self._run_id = known or self._new_run(run_name, folder, uri, params)
             self._client.update_run(self._run_id, status="RUNNING")
         except Exception as error:
-            raise ConfigError(f"log.mlflow_uri={without_secrets(uri)}: {without_secrets(str(error))}") from None
+            raise ConfigError(f"log.mlflow_uri={uri}: {error}") from None
 
     def write(self, row: Row) -> None:
         values = scalars(row)
@@ -186,7 +183,7 @@ class MlflowSink:
         run_id = self._client.create_run(experiment_id, run_name=run_name).info.run_id
         for name, value in flat_params(params).items():
             self._client.log_param(run_id, name, value[:500])
-        _keep_id(folder, f"mlflow {without_secrets(uri)}", run_id)
+        _keep_id(folder, f"mlflow {uri}", run_id)
         return run_id
 
 
@@ -216,7 +213,7 @@ class WandbSink:
                 settings=wandb.Settings(silent=True, console="off"),
             )
         except Exception as error:
-            raise ConfigError(f"log.wandb_project={project}: {without_secrets(str(error))}") from None
+            raise ConfigError(f"log.wandb_project={project}: {error}") from None
         _keep_id(folder, f"wandb {project}", self._run.id)
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")  # W&B's own step may not go back, a restart's does
@@ -236,8 +233,8 @@ def flat_params(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
             flat |= flat_params(value, f"{name}.")
-        elif _SECRET_NAME.search(name) and isinstance(value, str):
-            flat[name] = "***"
+        elif SECRET_VARIABLE.search(name.rpartition(".")[2]) and isinstance(value, str):
+            flat[name] = HIDDEN
         else:
             flat[name] = without_secrets(value if isinstance(value, str) else json.dumps(value, default=str))
     return flat

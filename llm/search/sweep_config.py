@@ -150,8 +150,9 @@ class Sweep:
         return dump_run(config.model_copy(update={"run": run}))
 
 
-def load_sweep(path: str, overrides: list[str]) -> Sweep:
-    """Raises ConfigError with what is wrong with the sweep, its run or a key of its space. `overrides`: of the run, as `set`."""
+def load_sweep(path: str, overrides: list[str], with_files: bool = True) -> Sweep:
+    """Raises ConfigError with what is wrong with the sweep, its run or a key of its space. `overrides`: of the run, as `set`. `with_files`:
+    whether the files of model.path can be read here; else its keys are not checked."""
     raw = read_mapping(read_text(path), path)
     try:
         file = SweepFile.model_validate(raw)
@@ -166,7 +167,7 @@ def load_sweep(path: str, overrides: list[str]) -> Sweep:
             f"{path}: budget.dollars={file.budget.dollars:g} needs log.dollars_per_worker_hour: give it in the run, or in `set`."
         )
     sweep = Sweep(file, parse_space(file.space), base)
-    _require_keys(sweep)
+    _require_keys(sweep, with_files)
     if file.scheduler.kind == "pbt":
         _require_population(sweep)
     if not base.eval.rows:
@@ -185,7 +186,7 @@ def _told(problem: ErrorDetails) -> str:
     return f"no such key. Nearest: {close[0]}. Keys: {', '.join(fields)}"
 
 
-def _require_keys(sweep: Sweep) -> None:
+def _require_keys(sweep: Sweep, with_files: bool) -> None:
     """A key that no run has or that is the sweep's own, and a value that its key never takes, are refused before anything starts. Values
     that are legal only together with others are the trials' to tell, unless none of a key's is legal."""
     problems = []
@@ -195,17 +196,19 @@ def _require_keys(sweep: Sweep) -> None:
         elif told := next(filter(None, (bad_alone(key, value) for value in domain.examples())), None):
             between = domain.is_continuous and not any(bad_alone(key, end) for end in domain.options())
             problems.append(f"  space.{key}: {told}{'. Or draw whole numbers: {quantized: [low, high, step]}' if between else ''}")
-        elif len(errors := [error for value in domain.examples() if (error := _error(sweep, key, value))]) == len(domain.examples()):
+        elif len(errors := [error for value in domain.examples() if (error := _error(sweep, key, value, with_files))]) == len(
+            domain.examples()
+        ):
             problems.append(f"  space.{key}: {errors[0]}")
     if problems:
         raise ConfigError("\n".join(["the space cannot be searched:", *problems]))
 
 
-def _error(sweep: Sweep, key: str, value: Any) -> str:
+def _error(sweep: Sweep, key: str, value: Any, with_files: bool) -> str:
     """Why the run cannot be with this value, in a line; empty where it can."""
     try:
         config = sweep.with_settings("the run", {key: value})
-        if key.startswith("model."):
+        if key.startswith("model.") and (with_files or config.model.preset):
             model_config(config.model, None, lambda uri: read_bytes(uri, sweep.base.s3))
     except (ConfigError, ModelError) as error:
         return str(error).splitlines()[-1].strip()

@@ -12,6 +12,7 @@ from rich.console import Console
 from cluster.checks_facts import Disk, Gpu, NodeFacts, parse_gpus, versions
 from cluster.checks_judge import GIB, Bandwidth, Finding, NodeReport, Wanted, exit_code, judge
 from cluster.checks_reach import ClockOffset, Closed, Port, clock_offset, closed_ports, neighbours
+from cluster.workers import Needs
 from jobs.doctor import needs_of
 from jobs.doctor_table import folded, show
 from llm.config_file import load_run
@@ -19,8 +20,10 @@ from tests.small_run import ROOT
 
 VERSIONS: dict[str, str | None] = {"python": "3.11.7", "ray": "2.60.0", "torch": "2.13.0"}
 FACTS = NodeFacts(VERSIONS, {"home": Disk("/home", 50 * GIB, 100 * GIB)}, shm_bytes=GIB, auth_mode="token")
-NODE = NodeReport("10.0.0.2 (a1b2c3)", "10.0.0.2", object_store_bytes=GIB, facts=FACTS, clock=ClockOffset(0.001, 0.001), tried_ports=5)
-WANTED = Wanted(VERSIONS, storage="s3://lake/runs", workers=2, cpus=4)
+NODE = NodeReport(
+    "10.0.0.2 (a1b2c3)", "10.0.0.2", cpus=4, object_store_bytes=GIB, facts=FACTS, clock=ClockOffset(0.001, 0.001), tried_ports=5
+)
+WANTED = Wanted(VERSIONS, storage="s3://lake/runs", needs=Needs(2, 1, 2))
 BANDWIDTH = Bandwidth(2, "gloo", {1 << 20: 0.2, 64 << 20: 0.5})
 H100 = Gpu("NVIDIA H100", "570.1", "9.0", 81559)
 
@@ -29,8 +32,8 @@ def facts(**changes: Any) -> NodeReport:
     return replace(NODE, facts=replace(FACTS, **changes))
 
 
-def judged(*nodes: NodeReport, cpus: float = 4, gpus: float = 0, bandwidth: Bandwidth | None = BANDWIDTH, **wanted: Any) -> list[Finding]:
-    return judge(nodes or (NODE,), cpus, gpus, bandwidth, replace(WANTED, **wanted))
+def judged(*nodes: NodeReport, bandwidth: Bandwidth | None = BANDWIDTH, **wanted: Any) -> list[Finding]:
+    return judge(nodes or (NODE,), bandwidth, replace(WANTED, **wanted))
 
 
 def not_green(found: list[Finding]) -> list[tuple[str, str]]:
@@ -41,7 +44,7 @@ def test_a_sound_cluster_is_all_green_and_each_rule_spoke():
     found = judged()
     assert not_green(found) == [] and exit_code(found) == 0
     assert {f.what for f in found} == {
-        *("CPUs", "versions", "GPUs", "disk: home", "shared memory", "clock", "port", "storage", "token", "gloo all-reduce")
+        *("room", "versions", "GPUs", "disk: home", "shared memory", "clock", "port", "storage", "token", "gloo all-reduce")
     }
 
 
@@ -110,12 +113,10 @@ def test_a_clock_is_off_only_by_what_the_round_trip_leaves_no_doubt_of():
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"cpus": 3}, [("red", "CPUs")]),
-        ({"cpus": 3, "autoscaled": True}, [("yellow", "CPUs")]),
-        ({"gpus": 1, "autoscaled": True}, [("yellow", "GPUs of the cluster")]),
-        ({"gpus": 1, "workers": 0}, []),
-        ({"gpus": 1}, [("red", "GPUs of the cluster")]),
-        ({"gpus": 2}, []),
+        ({"needs": None}, []),
+        ({"needs": Needs(3, 1, 2)}, [("red", "room")]),
+        ({"needs": Needs(3, 1, 2), "autoscaled": True}, [("yellow", "room")]),
+        ({"needs": Needs(2, 2, 2, "gpu")}, [("red", "room")]),
         ({"bandwidth": replace(BANDWIDTH, gb_per_s={}, error="2 of 2 ranks failed")}, [("red", "gloo all-reduce")]),
         ({"bandwidth": replace(BANDWIDTH, gb_per_s={}, error="no GPU", busy=True)}, [("yellow", "gloo all-reduce")]),
         ({"bandwidth": replace(BANDWIDTH, gb_per_s={1 << 20: 0.5, 64 << 20: 0.09})}, [("yellow", "gloo all-reduce")]),
@@ -135,6 +136,20 @@ def test_mixed_gpus_and_drivers_are_yellow():
     assert not_green(found) == [("yellow", "kinds of GPUs"), ("yellow", "GPU drivers")]
 
 
+@pytest.mark.parametrize(
+    ("needs", "told"),
+    [
+        (Needs(2, 1, 1), "needs 2 GPUs, and the cluster has 1"),  # auto: GPUs, as there is one
+        (Needs(2, 1, 1, "cpu"), ""),
+        (Needs(4, 4, 1, "cpu"), "needs a node of 4 logical CPUs"),  # enough in all, but on no node
+    ],
+)
+def test_room_is_judged_as_a_run_judges_it(needs: Needs, told: str):
+    nodes = (replace(NODE, cpus=3), replace(facts(gpus=(H100,)), cpus=3, gpus=1))
+    rooms = [finding for finding in judged(*nodes, needs=needs) if finding.what == "room"]
+    assert [finding.severity for finding in rooms] == ["red" if told else "green"] and told in rooms[0].fix
+
+
 def test_storage_is_not_judged_where_no_run_names_one():
     assert "storage" not in {f.what for f in judged(storage=None)}
 
@@ -143,7 +158,7 @@ def test_a_run_needs_room_for_the_checkpoints_that_it_keeps_and_the_one_being_wr
     keys = ("model.preset=llama_8b", "run.storage=/data", "checkpoint.keep=3", "parallel.workers=2", "data.windows_ahead=1")
     wanted = needs_of(load_run(str(ROOT / "jobs/recipes/tiny_cpu.yaml"), keys), 0.1)
     assert wanted.free_bytes == {"run.storage": 8_030_261_248 * 12 * 4}
-    assert (wanted.storage, wanted.workers, wanted.cpus) == ("/data", 2, 3)
+    assert (wanted.storage, wanted.needs) == ("/data", Needs(2, 1, 1))
 
 
 def test_nvidia_smi_is_read():
