@@ -30,15 +30,18 @@ _SECRET_FILE = re.compile(
     "|".join(
         fnmatch.translate(pattern)
         for pattern in (
-            *(".env", ".env.*", "*.env", ".envrc", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx", "*.ppk"),
+            *(".env", ".env.*", "*.env", ".envrc", "*.pem", "*.key", "*.p8", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx", "*.ppk"),
             *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", ".netrc", "_netrc", ".pgpass", ".my.cnf", ".htpasswd", ".npmrc", ".pypirc"),
             *(".git-credentials", ".dockercfg", ".dockerconfigjson", ".s3cfg", ".boto", ".vault-token", "kubeconfig", "*.kubeconfig"),
             *("*.tfstate", "*.tfstate.*", "token", "auth_token", "*credentials", "*credentials.[jyticx]*", "secrets.[jytic]*"),
-            *("client_secret*.json", "service[-_]account*.json", "*_accesskeys.csv"),
+            *("client_secret*.json", "service[-_]account*.json", "*_accesskeys.csv", "kaggle.json", ".databrickscfg"),
         )
     )
 )
-_SECRET_FOLDERS = (".aws", ".ssh", ".gnupg", ".azure", ".kube", ".docker", ".oci", ".ray", ".headrace", "gcloud")
+_SECRET_FOLDERS = (
+    *(".aws", ".ssh", ".gnupg", ".azure", ".kube", ".docker", ".oci", ".ray", ".headrace", "gcloud"),
+    *(".env", ".envs", "secrets", ".secrets"),  # .env may be a virtual environment: the job has the cluster's
+)
 _QUIET = logging.getLogger("headrace.package")
 _QUIET.setLevel(logging.ERROR)
 

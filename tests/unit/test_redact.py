@@ -283,6 +283,7 @@ def test_shapes_that_an_attacker_found() -> None:
         assert without_secrets(CANARY, {name: CANARY}) == HIDDEN, name
     for name in ("PWD", "OLDPWD", "MONKEY", "KEYBOARD", "PATH"):
         assert without_secrets(CANARY, {name: CANARY}) == CANARY, name
+    assert without_secrets("abcdefgh\udcff", {"TOKEN": "abcdefgh\udcff"}) == HIDDEN, "bytes that are not UTF-8"
     assert without_secrets("/tmp", {"GOOGLE_APPLICATION_CREDENTIALS": "/tmp"}) == "/tmp"
     for uri in ("https://u:pa'ss@h/", "https://u:pa ss@h/", 'https://u:pa"ss@h/', "https://h/#access_token=abc"):
         assert credential_in(uri), uri

@@ -77,8 +77,18 @@ def test_the_same_files_go_along_as_with_ray(tmp_path: Path) -> None:
 SECRET_NAMES = (
     *(".env", "conf/.ENV.local", "prod.env", "ca/tls.pem", "tls.key", "id_rsa", "deep/id_ed25519.bak", ".netrc", ".pypirc", "token"),
     *(".aws/config", "me/.ssh/known", "credentials", "gcp-credentials.json", "Secrets.yaml", "terraform.tfstate", "kubeconfig"),
+    "deep/secrets/prod",
 )
-ORDINARY_NAMES = ("run.yaml", "id_rsa.pub", "environment.py", "tokenizer.json", "tokens.txt", "credentials.py", "secrets/a.py", "keys.txt")
+ORDINARY_NAMES = (
+    "run.yaml",
+    "id_rsa.pub",
+    "environment.py",
+    "tokenizer.json",
+    "tokens.txt",
+    "credentials.py",
+    "secretive/a.py",
+    "keys.txt",
+)
 
 
 def test_no_secret_goes_along_and_all_that_stays_is_told(folder: Path, capsys) -> None:
@@ -89,7 +99,7 @@ def test_no_secret_goes_along_and_all_that_stays_is_told(folder: Path, capsys) -
     (folder / "loop").symlink_to("loop")
     found = pack(folder)
     assert {path.as_posix() for path in found.files} == set(ORDINARY_NAMES)
-    folders = {".aws/config": ".aws", "me/.ssh/known": "me/.ssh"}
+    folders = {".aws/config": ".aws", "me/.ssh/known": "me/.ssh", "deep/secrets/prod": "deep/secrets"}
     told = {*(folders.get(name, name) for name in SECRET_NAMES), "plain.txt", "conf/link"}
     assert {path.as_posix() for path in found.left_out} == told
     assert set(zipfile.ZipFile(BytesIO(found.archive)).namelist()) == set(ORDINARY_NAMES)
@@ -103,7 +113,7 @@ def test_no_secret_goes_along_and_all_that_stays_is_told(folder: Path, capsys) -
         )
         (folder / ".rayignore").unlink()
         assert job.main(words) == 0
-        assert " and 14 more. What" in capsys.readouterr().err
+        assert " and 15 more. What" in capsys.readouterr().err
         write(folder / "prod.env", RUN)
         assert job.main([*words[:4], "prod.env", "--no-wait"]) == 2
         assert "prod.env would not be uploaded: its name is that of files with secrets" in capsys.readouterr().err
