@@ -154,13 +154,13 @@ class JobServer:
             raise ClusterError(_refused(self.address, answer.status_code))
         if answer.status_code == 200 or (missing and answer.status_code == 404):
             return answer
-        if method == "GET" and answer.status_code >= 500:  # a head, or what stands before it, that starts again
-            raise HeadLostError(f"{self.address} answers {path} with status {answer.status_code}. {_PORT_HINT}")
         lines = [printable(line.strip()) for line in answer.text.splitlines() if line.strip()] or ["without a word"]
         if answer.status_code == 404:
             raise ClusterError(f"{self.address}: {lines[0][:300]}. `headrace jobs list` tells which there are.")
         # The server's answer to a failure is a traceback, whose last line is the error.
-        raise ClusterError(f"{self.address} refused {method} {path} with status {answer.status_code}: {lines[-1][:300]}")
+        told = f"{self.address} refused {method} {path} with status {answer.status_code}: {lines[-1][:300]}"
+        # A head, or what stands before it, that starts again answers so for a while.
+        raise HeadLostError(told) if method == "GET" and answer.status_code >= 500 else ClusterError(told)
 
 
 _PORT_HINT = (

@@ -25,6 +25,7 @@ class Fake:
     jobs: list[dict[str, Any]] = field(default_factory=list)
     exit_code: int | None = 0
     more: dict[str, Any] = field(default_factory=dict)
+    no_tail: bool = False  # as behind a proxy that lets no websocket through
     answer: str = "no"  # where `status` is not 200
     connections: int = 0
     submitted: list[dict[str, Any]] = field(default_factory=list)
@@ -81,7 +82,9 @@ def answering(words: bytes) -> Iterator[str]:
 
 
 def _app(fake: Fake) -> web.Application:
-    async def tail(request: web.Request) -> web.WebSocketResponse:
+    async def tail(request: web.Request) -> web.StreamResponse:
+        if fake.no_tail:
+            return web.Response(status=400)
         socket = web.WebSocketResponse()
         await socket.prepare(request)
         number, fake.connections = fake.connections, fake.connections + 1

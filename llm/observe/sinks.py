@@ -154,7 +154,7 @@ class MlflowSink:
         self._waiting: list[Any] = []
         try:
             self._client = mlflow.MlflowClient(tracking_uri=uri)
-            known = _known_id(folder, f"mlflow {uri}")
+            known = _known_id(folder, f"mlflow {without_secrets(uri)}")
             self._run_id = known or self._new_run(run_name, folder, uri, params)
             self._client.update_run(self._run_id, status="RUNNING")
         except Exception as error:
@@ -183,7 +183,7 @@ class MlflowSink:
         run_id = self._client.create_run(experiment_id, run_name=run_name).info.run_id
         for name, value in flat_params(params).items():
             self._client.log_param(run_id, name, value[:500])
-        _keep_id(folder, f"mlflow {uri}", run_id)
+        _keep_id(folder, f"mlflow {without_secrets(uri)}", run_id)
         return run_id
 
 

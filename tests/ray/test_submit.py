@@ -72,9 +72,9 @@ def test_a_submitted_run_trains_and_its_log_and_exit_code_come_back(head: Head, 
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.count("eval at step 6") == done.stdout.count("status            finished") == 1
     assert (tree / "runs" / "small" / "export" / "model.safetensors").exists()
-    failed = submit(head, tree, "--set", "run.name=other", "--set", "model.preset=no_such")
+    failed = submit(head, tree, "--set", "run.name=other", "--set", "data.sources.0.uri=no_such_folder")
     assert failed.returncode == 2
-    assert "other: failed with exit code 2" in failed.stderr and "model.preset='no_such' is unknown" in failed.stdout
+    assert "other: failed with exit code 2" in failed.stderr and "no_such_folder" in failed.stdout
     listed = headrace(f"jobs.jobs list --address {head.address}", tree, dict(head.environment))
     assert [line.split()[:3] for line in listed.stdout.splitlines()[1:]] == [["small", "succeeded", "0"], ["other", "failed", "2"]], (
         listed.stdout

@@ -23,7 +23,7 @@ from llm.config_file import dump_run, load_run, parse_run
 from llm.errors import ConfigError, StorageError
 from llm.metrics import event_row
 from llm.observe.quiet import redirect_noise
-from llm.redact import HIDDEN, SECRET_VARIABLE, cleaned, credential_in, scrub, without_secrets
+from llm.redact import HIDDEN, SECRET_VARIABLE, clean_records, cleaned, credential_in, scrub, without_secrets
 from llm.train.causes import failure_of
 from tests.small_run import RECIPE
 
@@ -214,6 +214,40 @@ def test_errors_of_libraries_are_raised_on_without_secrets(error: Exception, can
     told = "".join(traceback.format_exception(found))
     assert canary not in told and canary not in repr(found) and "***" in told
     assert type(found) is (RuntimeError if isinstance(error, Stubborn) else type(error))
+
+
+class FrozenError(Exception):
+    """One that forbids changes, and tells what it must not."""
+
+    def __init__(self, told: str) -> None:
+        super().__init__()
+        self.__dict__["told"] = told
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in ("__traceback__", "__cause__", "__context__", "__suppress_context__"):
+            raise AttributeError(name)
+        super().__setattr__(name, value)
+
+    def __str__(self) -> str:
+        return self.__dict__["told"]
+
+
+def test_a_cause_that_cannot_be_cleaned_is_left_out_and_the_error_stays_what_it_is(canary: str) -> None:
+    error = StorageError("the row could not be written")
+    error.__cause__ = FrozenError(f"signed with {canary}")
+    assert scrub(error) is error and error.__cause__ is error.__context__ is None
+    other = scrub(FrozenError(f"signed with {canary}"))
+    assert isinstance(other, RuntimeError) and str(other) == "FrozenError: signed with ***"
+
+
+def test_records_are_cleaned_once(canary: str) -> None:
+    before = logging.getLogRecordFactory()
+    with clean_records():
+        outer = logging.getLogRecordFactory()
+        with clean_records():
+            assert logging.getLogRecordFactory() is outer
+        assert logging.getLogRecordFactory() is outer is not before
+    assert logging.getLogRecordFactory() is before
 
 
 def test_a_job_that_fails_prints_none(canary: str, capsys: pytest.CaptureFixture[str]) -> None:

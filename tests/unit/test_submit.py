@@ -173,6 +173,35 @@ def test_broken_connections_repeat_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     assert state.exit_code == 3
 
 
+def test_a_head_that_starts_again_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands before it, or it itself, answers for a while as if something were wrong."""
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        there.status = 200 if len(waits) > 2 else 503
+
+    monkeypatch.setattr(submit.time, "sleep", sleep)
+    with fake_job_server(fake(log="all\n")) as there:
+        server, seen = JobServer(there.address), list[str]()
+        there.status = 502
+        state = submit.follow(server, "a", seen.append)
+    assert state.exit_code == 0 and "".join(seen) == "all\n" and len(waits) == 3
+
+
+def test_a_log_is_shown_as_it_grows_where_no_connection_for_pieces_comes_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "LOOK_S", 0.01)
+    with fake_job_server(fake(log="one\n", more={"status": "RUNNING"}, no_tail=True)) as there:
+        seen: list[str] = []
+
+        def show(text: str) -> None:
+            seen.append(text)
+            there.log, there.more = "one\ntwo\n", {"status": "SUCCEEDED", "driver_exit_code": 0}
+
+        submit.follow(JobServer(there.address), "a", show)
+    assert seen == ["one\n", "two\n"]
+
+
 def test_exit_codes_are_those_of_a_shell() -> None:
     def ended(status: str, code: int | None) -> int:
         return JobState("a", status, "", {}, "", "", None, None, code).exit_code
@@ -293,6 +322,14 @@ def test_a_sweep_takes_its_run_along(folder: Path, capsys) -> None:
     assert there.submitted[0]["entrypoint"] == "exec python -m jobs.sweep --config sweep.yaml"
 
 
+def test_a_model_on_the_clusters_storage_is_searched_without_being_read_here(folder: Path, capsys) -> None:
+    write(folder / "run.yaml", RUN.replace("preset: llama_1m", "path: /on/the/cluster/only") + "eval: {every_steps: 2, rows: 8}\n")
+    space = "model.config.hidden_size: {choice: [64, 128]}"
+    write(folder / "sweep.yaml", SWEEP.replace("RUN", "run.yaml").replace("space: {", f"space: {{{space}, "))
+    with fake_job_server(fake()) as there:
+        assert job.main(["sweep", "--address", there.address, "--config", "sweep.yaml", "--no-wait"]) == 0, capsys.readouterr().err
+
+
 @pytest.mark.parametrize("change", ["run.storage=s3://b/CANARY", "tokenizer.eos=CANARY", "train.lr=CANARY"])
 def test_a_secret_on_the_command_line_is_refused(change: str, folder: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "canary-0123456789")
@@ -324,14 +361,19 @@ def test_an_id_is_used_once(folder: Path) -> None:
         ("../run.yaml", "is not inside the working directory"),
         ("hidden.yaml", "would not be uploaded"),
         ("wrong.yaml", "train.lr"),
+        ("preset.yaml", "model.preset='llama_1M' is unknown"),
+        (f"{'n' * 99}.yaml", "(110 characters) must be"),
     ],
 )
 def test_a_configuration_that_the_job_cannot_read_is_refused_before_anything_is_sent(config: str, told: str, folder: Path, capsys) -> None:
     write(folder / "work" / "hidden.yaml", RUN)
     write(folder / "work" / ".rayignore", "hidden.yaml\n")
     write(folder / "work" / "wrong.yaml", RUN.replace("1.0e-2", "-1"))
+    write(folder / "work" / "preset.yaml", RUN.replace("llama_1m", "llama_1M"))
+    write(folder / "work" / f"{'n' * 99}.yaml", RUN.replace("name: small", f"name: {'n' * 99}"))
     with fake_job_server(fake()) as there:
-        words = ["pretrain", "--address", there.address, "--config", f"work/{config}", "--working-dir", "work"]
+        what = "tune-batch" if config.startswith("nn") else "pretrain"
+        words = [what, "--address", there.address, "--config", f"work/{config}", "--working-dir", "work"]
         assert job.main(words) == 2
     assert told in capsys.readouterr().err
     assert (there.submitted, there.packages) == ([], [])
@@ -348,8 +390,8 @@ def test_what_an_attacker_would_send_is_refused_in_one_line(folder: Path, monkey
     for words, told in (
         (["--set", "run.storage=/data/it's-a-secret1"], "a --set or the job's name holds a credential"),
         (["--id", "it's-a-secret1"], "a --set or the job's name holds a credential"),
-        (["--id", ".."], "--id '..' must be"),
-        (["--id=-x"], "--id '-x' must be"),
+        (["--id", ".."], "the job's id '..' \\(2 characters\\) must be"),
+        (["--id=-x"], "the job's id '-x' \\(2 characters\\) must be"),
         (["--id", "x\n"], "must be a letter or digit"),
         (["--id", "x" * 101], "must be a letter or digit"),
         (["--address", "http://[::1"], "is no address of a job server"),
