@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from tests.small_run import write_small_run
+from tests.search.sweeps import write_sweep
 from tests.token_head import Head, token_head
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +52,7 @@ def head(canaries: Mapping[str, str]) -> Iterator[Head]:
 def made_tree(folder: Path, plant: str | None = None) -> Path:
     for package in ("cluster", "llm", "jobs"):
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
-    write_small_run(folder)
+    write_sweep(folder, scheduler={"kind": "none"}, budget={"trials": 1, "max_concurrent": 1}, sweep={"name": "sweep"})
     (folder / ".rayignore").write_text("runs/\n")
     if plant:
         name, line = PLACES[plant]
@@ -62,8 +62,10 @@ def made_tree(folder: Path, plant: str | None = None) -> Path:
     return folder
 
 
-def submit(head: Head, tree: Path, name: str, canaries: Mapping[str, str], *more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "jobs.submit", "pretrain", "--address", head.address, "--config", "run.yaml"]
+def submit(
+    head: Head, tree: Path, name: str, canaries: Mapping[str, str], *more: str, job: str = "pretrain", config: str = "run.yaml"
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "jobs.submit", job, "--address", head.address, "--config", config]
     for change in (f"run.storage={tree}/runs", f"run.name={name}", "log.tensorboard=true", *more):
         command += ["--set", change]
     env = {**head.environment, **canaries, "PYTHONPATH": str(ROOT)}
@@ -96,13 +98,18 @@ def ask(head: Head, path: str) -> bytes:
         return error.read()
 
 
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 def test_no_secret_is_left_anywhere(head: Head, canaries: dict[str, str], tmp_path: Path) -> None:
     needles = {**canaries, "RAY_AUTH_TOKEN": f"/{head.token}"}
-    trees = {name: made_tree(tmp_path / name, plant) for name, plant in (("sound", None), ("worker", "worker"), ("data", "data"))}
-    outputs = {name: submit(head, tree, name, canaries) for name, tree in trees.items()}
+    plants = (("sound", None), ("worker", "worker"), ("data", "data"), ("sweep", "worker"))
+    trees = {name: made_tree(tmp_path / name, plant) for name, plant in plants}
+    sweep = {"sweep": {"job": "sweep", "config": "sweep.yaml"}}
+    outputs = {name: submit(head, tree, name, canaries, **sweep.get(name, {})) for name, tree in trees.items()}
     told = {name: each.stdout + each.stderr for name, each in outputs.items()}
-    assert [each.returncode for each in outputs.values()] == [0, 1, 1], told
+    assert [each.returncode for each in outputs.values()] == [0, 1, 1, 1], told
+    assert "403 for https://***@host/x?X-Amz-Signature=***" in told["sweep"], told["sweep"]
+    for name in ("sweep.jsonl", "report.html"):
+        assert "403 for https://***@host/x" in (trees["sweep"] / "runs" / "sweep" / name).read_text()
     assert "403 for https://***@host/x?X-Amz-Signature=***" in told["worker"], told["worker"]
     assert "403 for https://***@host/x?X-Amz-Signature=***" in told["data"], told["data"]
     refused = submit(head, trees["sound"], "refused", canaries, f"s3.endpoint_url=http://me:{canaries['HF_TOKEN']}@host")
