@@ -62,7 +62,7 @@ def _hyperopt(space: Space, seed: int, number: int, trials: Collection[Trial]) -
         return tune.choice(domain.options())
 
     search = HyperOptSearch(
-        space={key: domain_of(domain) for key, domain in space.domains.items()},
+        space=HyperOptSearch.convert_search_space({key: domain_of(domain) for key, domain in space.domains.items()}),
         metric="eval_loss",
         mode="min",
         points_to_evaluate=[dict(trial.settings) for trial in told],
