@@ -60,6 +60,7 @@ def test_a_killed_worker_restarts_and_the_run_ends_the_same(recipe):
     kill_campaign(recipe, SETTINGS, kills=2, seed=1)
 
 
+@pytest.mark.faults
 def test_a_killed_controller_is_followed_by_another_and_the_run_ends_the_same(recipe):
     """Of all processes the one that decides about restarts; a worker is killed before, so that the count of restarts has to go on."""
     settings = (*SETTINGS, "train.steps=120")
@@ -154,6 +155,7 @@ def test_a_second_driver_of_a_living_run_is_refused_and_the_first_is_not_disturb
     assert [step for step, _ in ledger(run.run)] == list(range(1, 61))
 
 
+@pytest.mark.faults
 def test_a_run_that_crashes_again_and_again_stops_with_its_causes(recipe):
     """A checkpoint folder that nobody can write to any more: what is done is lost each time."""
     settings = (*SETTINGS, "recovery.max_without_progress=1", "recovery.first_wait_s=0", "checkpoint.every_steps=1000")

@@ -36,14 +36,15 @@ PLACES = {
     "worker": ("llm/train/worker.py", "    watchdog = _watchdog(job, mesh)\n"),
     "data": ("llm/data/stream.py", "    epoch, window = recipe.plan.nth_window(cursor, number)\n"),
 }
+PLANTED = {"sound": None, "worker": "worker", "data": "data", "sweep": "worker"}  # by job; of a sweep in its trial
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def canaries() -> dict[str, str]:
     return {name: f"canary{number}/{secrets.token_hex(16)}" for number, name in enumerate(NAMES)}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def head(canaries: Mapping[str, str]) -> Iterator[Head]:
     with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder, token_head(Path(folder), settings=canaries) as head:
         yield head
@@ -99,19 +100,18 @@ def ask(head: Head, path: str) -> bytes:
 
 
 @pytest.mark.timeout(900)
-def test_no_secret_is_left_anywhere(head: Head, canaries: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [("sound", "sweep"), pytest.param(tuple(PLANTED), marks=pytest.mark.faults)], ids=["sample", "all"])
+def test_no_secret_is_left_anywhere(head: Head, canaries: dict[str, str], tmp_path: Path, names: tuple[str, ...]) -> None:
     needles = {**canaries, "RAY_AUTH_TOKEN": f"/{head.token}"}
-    plants = (("sound", None), ("worker", "worker"), ("data", "data"), ("sweep", "worker"))
-    trees = {name: made_tree(tmp_path / name, plant) for name, plant in plants}
+    trees = {name: made_tree(tmp_path / name, PLANTED[name]) for name in names}
     sweep = {"sweep": {"job": "sweep", "config": "sweep.yaml"}}
     outputs = {name: submit(head, tree, name, canaries, **sweep.get(name, {})) for name, tree in trees.items()}
     told = {name: each.stdout + each.stderr for name, each in outputs.items()}
-    assert [each.returncode for each in outputs.values()] == [0, 1, 1, 1], told
-    assert "403 for https://***@host/x?X-Amz-Signature=***" in told["sweep"], told["sweep"]
+    assert {name: each.returncode for name, each in outputs.items()} == {name: int(PLANTED[name] is not None) for name in names}, told
+    for name in names:
+        assert ("403 for https://***@host/x?X-Amz-Signature=***" in told[name]) == (PLANTED[name] is not None), told[name]
     for name in ("sweep.jsonl", "report.html"):
         assert "403 for https://***@host/x" in (trees["sweep"] / "runs" / "sweep" / name).read_text()
-    assert "403 for https://***@host/x?X-Amz-Signature=***" in told["worker"], told["worker"]
-    assert "403 for https://***@host/x?X-Amz-Signature=***" in told["data"], told["data"]
     refused = submit(head, trees["sound"], "refused", canaries, f"s3.endpoint_url=http://me:{canaries['HF_TOKEN']}@host")
     assert refused.returncode == 2 and "s3.endpoint_url holds a user name or password" in refused.stderr
     secret = submit(head, trees["sound"], "secret", canaries, f"tokenizer.eos={canaries['AWS_SECRET_ACCESS_KEY']}")
@@ -130,4 +130,4 @@ def test_no_secret_is_left_anywhere(head: Head, canaries: dict[str, str], tmp_pa
     assert found == []
     logs = b"".join(path.read_bytes() for path in head.folder.rglob("logs/**/*") if path.is_file())
     assert logs.count(b"403 for https://***@host") > 2 and b"signing with ***" in logs, "Ray's logs have none of it: is the test blind?"
-    assert any(path.name.startswith("job-driver-worker") for path in head.folder.rglob("*"))
+    assert any(path.name.startswith("job-driver-sweep") for path in head.folder.rglob("*"))

@@ -17,6 +17,7 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
     return out, err
 
 
+@pytest.mark.faults
 def test_a_paused_run_says_so_and_another_starts_from_its_checkpoint_in_another_layout(recipe):
     runs = recipe.parent / "runs"
     out, _ = finish(start_run(recipe, "train.until_step=3", "eval.every_steps=0"))
