@@ -77,7 +77,7 @@ def test_the_same_files_go_along_as_with_ray(tmp_path: Path) -> None:
 SECRET_NAMES = (
     *(".env", "conf/.ENV.local", "prod.env", "ca/tls.pem", "tls.key", "id_rsa", "deep/id_ed25519.bak", ".netrc", ".pypirc", "token"),
     *(".aws/config", "me/.ssh/known", "credentials", "gcp-credentials.json", "Secrets.yaml", "terraform.tfstate", "kubeconfig"),
-    "deep/secrets/prod",
+    *("deep/secrets/prod", "hf_token", "k8s/secret.yaml", "my-secrets.yml", ".bash_history"),
 )
 ORDINARY_NAMES = (
     "run.yaml",
@@ -87,6 +87,7 @@ ORDINARY_NAMES = (
     "tokens.txt",
     "credentials.py",
     "secretive/a.py",
+    "secret.py",
     "keys.txt",
 )
 
@@ -113,7 +114,7 @@ def test_no_secret_goes_along_and_all_that_stays_is_told(folder: Path, capsys) -
         )
         (folder / ".rayignore").unlink()
         assert job.main(words) == 0
-        assert " and 15 more. What" in capsys.readouterr().err
+        assert " and 19 more. What" in capsys.readouterr().err
         write(folder / "prod.env", RUN)
         assert job.main([*words[:4], "prod.env", "--no-wait"]) == 2
         assert "prod.env would not be uploaded: its name is that of files with secrets" in capsys.readouterr().err
