@@ -35,15 +35,18 @@ class Rungs:
         return step if step < config.train.steps else None
 
     def go_on(self, journal: Journal, arrived: set[int], all_begun: bool) -> list[int]:
-        """The trial, of those that have `arrived` at their rung, that goes on from it. Where all have been begun and all have arrived, the
-        best one does even where it is fewer than 1 in `reduction`: a sweep has a winner."""
-        least = int(all_begun)
+        """The seeds of the setting, of those that have `arrived` at their rung, that goes on from it. Where all have been begun and all
+        have arrived, the best one does even where it is fewer than 1 in `reduction`: a sweep has a winner."""
+        least, trials = int(all_begun), journal.trials
         for rung in reversed(range(len(self.tokens))):
-            for number in promoted(journal.trials, self.tokens[rung], self._reduction, least, self._repeats, rung):
-                if journal.trials[number].rung == rung and number in arrived:
-                    journal.promote(number)
-                    # A large batch may bring it over two rungs in one step: then it waits at the second without a start of its own.
-                    return self.go_on(journal, arrived, all_begun) if self._is_at_its_rung(journal.trials[number]) else [number]
+            best = promoted(trials, self.tokens[rung], self._reduction, least, self._repeats, rung)
+            for setting in dict.fromkeys(number // self._repeats for number in best):
+                seeds = [number for number in best if number // self._repeats == setting and trials[number].rung == rung]
+                if seeds and arrived.issuperset(seeds):
+                    for number in seeds:
+                        journal.promote(number)
+                    # A large batch may bring them over two rungs in one step: then they wait at the second without a start of their own.
+                    return [n for n in seeds if not self._is_at_its_rung(trials[n])] or self.go_on(journal, arrived, all_begun)
         return []
 
     def _is_at_its_rung(self, trial: Trial) -> bool:

@@ -194,3 +194,25 @@ def test_a_large_batch_that_waits_at_an_earlier_rung_keeps_nobody_at_a_later_one
         study.learn(run.number, {"step": until, "tokens": tokens, "eval_loss": losses[run.number, until], "took_s": 1.0})
         study.end(run.number, PAUSED if config["until_step"] else FINISHED)
     assert [trial.status for trial in study.trials.values()] == [STOPPED, FINISHED, STOPPED]
+
+
+def test_better_settings_that_come_in_between_do_not_part_the_seeds_of_one_that_goes_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scheduler = {"kind": "asha", "first_frac": 1 / 9, "reduction": 3}
+    told = {"set": {"train.steps": 90, "eval.every_steps": 0}, "scheduler": scheduler, "budget": {"trials": 4}}
+    write_sweep(tmp_path, sweep={"name": "search", "repeats": 2}, **told)
+    study = study_of(tmp_path, 4)
+
+    def pauses(number: int, loss: float) -> None:
+        study.learn(number, {"step": 10, "tokens": 10 * ROW_TOKENS, "eval_loss": loss, "took_s": 1.0})
+        study.end(number, PAUSED)
+
+    begun = [study.next() for _ in range(8)]
+    for number in range(6):
+        pauses(number, 5 + number)
+    first = study.next()
+    pauses(6, 1.0)
+    pauses(7, 1.0)
+    second = study.next()
+    assert None not in begun and first is not None and second is not None
+    assert (first.number, second.number) == (0, 1)
