@@ -11,6 +11,7 @@ import zipfile
 from importlib import metadata
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -201,6 +202,25 @@ def test_a_log_is_shown_as_it_grows_where_no_connection_for_pieces_comes_about(m
 
         submit.follow(JobServer(there.address), "a", show)
     assert seen == ["one\n", "two\n"]
+
+
+def test_a_long_log_that_is_read_whole_each_time_keeps_the_head_busy_for_a_tenth_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, rests = [100.0], []
+
+    class Slow(JobServer):
+        def log(self, job_id: str) -> str:
+            clock[0] += (4.0, 0.01, 1000.0, 0.0)[len(rests)]
+            return "so far\n"
+
+    with fake_job_server(fake(more={"status": "RUNNING"}, no_tail=True)) as there:
+
+        def sleep(rest_s: float) -> None:
+            rests.append(rest_s)
+            there.more = {"status": "RUNNING" if len(rests) < 3 else "STOPPED"}
+
+        monkeypatch.setattr(submit, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
+        submit.follow(Slow(there.address), "a", lambda text: None)
+    assert rests == [36.0, submit.LOOK_S, submit.REST_AT_MOST_S]
 
 
 def test_exit_codes_are_those_of_a_shell() -> None:
