@@ -178,7 +178,8 @@ class Chance:
         self.is_others = False  # it can start no nodes while others use the cluster
 
     def look(self, seen: Autoscaler, group: str, in_use: bool) -> None:
-        """`group`: its id in hex; `in_use`: whether somebody holds CPUs or GPUs of the cluster."""
+        """`group`: its id in hex; `in_use`: whether somebody holds CPUs or GPUs of the cluster. So will those whose nodes are coming."""
+        in_use = in_use or bool(seen.pending - seen.refused - {group})
         if group not in seen.refused:
             self._refused_since = self._idle_since = -1
         elif self._refused_since < 0:

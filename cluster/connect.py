@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -111,16 +112,27 @@ def _private_folder(parent: str = "/tmp") -> Iterator[str]:
     """For sockets and Ray's own logs; short, because the path of a socket is at most 107 characters long. Goes with this process: where
     that is killed, the next one removes it. Its lock says so, which process ids would not where containers share `parent`."""
     for left in Path(parent).glob("ray-*/" + LOCK):
-        with suppress(OSError), left.open() as lock:
-            if time.time() - left.stat().st_mtime > LEFT_AFTER_S:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left.parent, ignore_errors=True)
+        with suppress(OSError):
+            _remove_if_left(left)
     with (
         tempfile.TemporaryDirectory(prefix="ray-", dir=parent, ignore_cleanup_errors=True) as folder,
         Path(folder, LOCK).open("w") as lock,
     ):
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield folder
+
+
+def _remove_if_left(path: Path) -> None:
+    """Removes the folder of a lock that nobody holds. Whoever else writes beside it may have put anything there: what is no plain file of
+    this user's is left alone, and nothing is waited for, as the opening of a pipe would."""
+    lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        seen = os.fstat(lock)
+        if stat.S_ISREG(seen.st_mode) and seen.st_uid == os.geteuid() and time.time() - seen.st_mtime > LEFT_AFTER_S:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path.parent, ignore_errors=True)
+    finally:
+        os.close(lock)
 
 
 def _end_left_over(folder: str) -> None:

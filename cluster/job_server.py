@@ -116,7 +116,7 @@ class JobServer:
 
     def _require_same_ray(self) -> None:
         with self._understood():
-            there = printable(self._ask("GET", "/api/version", missing=True).json()["ray_version"].strip())
+            there = printable(self._ask("GET", "/api/version", missing=True).json()["ray_version"].strip())[:40]
         here = metadata.version("ray")
         if there != here:
             raise ClusterError(

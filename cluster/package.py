@@ -33,8 +33,9 @@ _SECRET_FILE = re.compile(
             *(".env", ".env.*", "*.env", ".envrc", "*.pem", "*.key", "*.p8", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx", "*.ppk"),
             *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", ".netrc", "_netrc", ".pgpass", ".my.cnf", ".htpasswd", ".npmrc", ".pypirc"),
             *(".git-credentials", ".dockercfg", ".dockerconfigjson", ".s3cfg", ".boto", ".vault-token", "kubeconfig", "*.kubeconfig"),
-            *("*.tfstate", "*.tfstate.*", "token", "auth_token", "*credentials", "*credentials.[jyticx]*", "secrets.[jytic]*"),
-            *("client_secret*.json", "service[-_]account*.json", "*_accesskeys.csv", "kaggle.json", ".databrickscfg"),
+            *("*.tfstate", "*.tfstate.*", "token", "*_token", "*credentials", "*credentials.[jyticx]*", "secrets.[jytic]*"),
+            *("secret.[jytic]*", "*[-_.]secret.[jytic]*", "*[-_.]secrets.[jytic]*", "client_secret*.json", "service[-_]account*.json"),
+            *("*_accesskeys.csv", "rootkey.csv", "kaggle.json", ".databrickscfg", "rclone.conf", ".vault_pass", ".*_history"),
         )
     )
 )

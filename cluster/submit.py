@@ -20,6 +20,7 @@ START_S = 60.0  # the longest that stopping waits for a job to have started
 ENDS_S = STOP_WAIT_S + 60.0
 LOST_S = 120.0  # how long a server that was there may be away
 LOOK_S = 1.0
+REST_AT_MOST_S = 60.0  # between two readings of a whole log
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def follow(server: JobServer, job_id: str, show: Callable[[str], None]) -> JobSt
     seen_s = time.monotonic()
     while True:
         asyncio.run(_tail(server, job_id, shown))
+        asked_s, rest_s = time.monotonic(), LOOK_S
         try:
             state = server.job(job_id)
             if state.status != "PENDING":
@@ -72,13 +74,15 @@ def follow(server: JobServer, job_id: str, show: Callable[[str], None]) -> JobSt
             if state.ended:
                 return state
             seen_s = time.monotonic()
+            # A log that is read whole each time keeps the head busy for a tenth of the time at most, however long it has become.
+            rest_s = max(LOOK_S, min(9 * (seen_s - asked_s), REST_AT_MOST_S))
         except HeadLostError as error:
             if time.monotonic() - seen_s > LOST_S:
                 raise HeadLostError(
                     f"the job server has been away for {LOST_S:.0f} s: {error} What became of the job is not known here; when the head is "
                     f"back, `headrace jobs logs {job_id} --follow` tells."
                 ) from None
-        time.sleep(LOOK_S)
+        time.sleep(rest_s)
 
 
 def stop(server: JobServer, job_id: str) -> JobState:

@@ -59,10 +59,11 @@ def _search(study: Study, lease: Lease) -> None:
     from llm.search.tuner import TRIAL_CPUS, search  # imports Ray when it is called
 
     base, limit = study.sweep.base, study.sweep.file.budget.max_concurrent
-    workers = study.sweep.most_workers()
-    tensor = base.parallel.tensor if workers % base.parallel.tensor == 0 else 1
+    workers, windows = study.sweep.most("parallel", "workers"), study.sweep.most("data", "windows_ahead")
+    tensor = study.sweep.most("parallel", "tensor")
+    tensor = tensor if workers % tensor == 0 else 1
     show = partial(print, file=sys.stdout, flush=True)  # bound now: quiet_search redirects stdout
-    cpus = TRIAL_CPUS + total_cpus(workers, base.data.windows_ahead)
+    cpus = TRIAL_CPUS + total_cpus(workers, windows)
     at_once = limit or max(1, (os.cpu_count() or 1) // workers)
     with tempfile.TemporaryDirectory() as folder, quiet_search(study.sweep.uri), connected(cpus * at_once):
         take_over_signals()  # Ray has put its own handlers in their place
@@ -74,7 +75,7 @@ def _search(study: Study, lease: Lease) -> None:
 
         if not is_private():
             waiting = Waiting(base.parallel.wait_nodes_s, show, watch)
-            needs = Needs(workers, tensor, base.data.windows_ahead, base.parallel.device)
+            needs = Needs(workers, tensor, windows, base.parallel.device)
             at_once = await_trials(limit, TRIAL_CPUS, needs, waiting)
         search(study, at_once, folder, watch)
 

@@ -16,7 +16,7 @@ import yaml
 
 from llm.config import RunConfig
 from llm.config_fields import shown
-from llm.config_problems import KeyPath, Problem, checked, dotted
+from llm.config_problems import KeyPath, Problem, bad_values, checked, dotted
 from llm.errors import ConfigError
 
 SET_FORM = "write --set section.key=value, for example --set train.lr=3e-4 or --set data.sources.0.weight=0.5"
@@ -54,6 +54,16 @@ def with_settings(config: RunConfig, name: str, settings: Mapping[str, Any]) -> 
         except LookupError as error:
             problems.append(Problem((key,), f"{key}: {error.args[0]}"))
     return _sound(raw, name, problems, lambda path: "")
+
+
+def bad_alone(config: RunConfig, key: str, value: Any) -> str | None:
+    """What is wrong with another value at a dotted key of `config`, whatever the other keys are."""
+    raw = config.values()
+    try:
+        _place(raw, key, value)
+    except LookupError as error:
+        return error.args[0]
+    return next(iter(bad_values(raw)), None)
 
 
 def _sound(raw: dict[Any, Any], name: str, problems: list[Problem], where: Callable[[KeyPath], str]) -> RunConfig:
@@ -150,6 +160,8 @@ def _place(raw: dict[Any, Any], key: str, value: Any) -> KeyPath:
         index = _index(place, path, part)
         if isinstance(place, dict) and place.get(index) is None:
             place[index] = {}
+        if isinstance(place[index], tuple):  # train.betas of a run that was read
+            place[index] = list(place[index])
         place, path = place[index], (*path, index)
     index = _index(place, path, name)
     place[index] = value

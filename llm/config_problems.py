@@ -11,9 +11,9 @@ import difflib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from llm.config import RunConfig, Section
@@ -46,13 +46,7 @@ def checked(raw: dict[Any, Any]) -> tuple[RunConfig | None, list[Problem]]:
     The rules between keys are checked even where single keys are bad: those are set aside, and only what is wrong
     whatever they turn out to be is told.
     """
-    search = _Search([], [])
-    data = search.known_keys(RunConfig, raw, ())
-    config: RunConfig | None = None
-    try:
-        config = RunConfig.model_validate(data)
-    except ValidationError as error:
-        search.take_out_bad_values(error, data)
+    config, data, search = _each_key(raw)
     if config is None or search.problems:
         across = _certain_cross_checks(data, search.doubtful)
     else:
@@ -71,22 +65,22 @@ def checked(raw: dict[Any, Any]) -> tuple[RunConfig | None, list[Problem]]:
     return (None if problems else config), problems
 
 
-def bad_alone(key: str, value: Any) -> str | None:
-    """What is wrong with the value of a dotted key, whatever the others are. None too for what no section declares: an unknown key, or one
-    of the model's own."""
-    parts = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+def bad_values(raw: dict[Any, Any]) -> list[str]:
+    """What is wrong with keys and values of a run each by itself, whatever the others are."""
+    _, _, search = _each_key(raw)
+    secret = {path: _credential(path, what) for path, what in _credentials(raw, ())}
+    return [*secret.values(), *(problem.text for problem in search.problems if problem.path not in secret)]
+
+
+def _each_key(raw: dict[Any, Any]) -> tuple[RunConfig | None, dict[str, Any], _Search]:
+    """The run, if each of its values is legal by itself; what is known of the values; what is wrong with them."""
+    search = _Search([], [])
+    data = search.known_keys(RunConfig, raw, ())
     try:
-        path, field = _field_at(parts)
-    except (KeyError, AssertionError):
-        return None
-    if path != parts:
-        return None
-    kind: Any = Annotated[field.annotation, field]  # pyright: ignore[reportInvalidTypeForm]
-    try:
-        TypeAdapter(kind).validate_python(value)
-    except ValidationError:
-        return _bad_value(path, field, value)
-    return _bad_value(path, field, value) if _no_user_means(value, field.annotation) else None
+        return RunConfig.model_validate(data), data, search
+    except ValidationError as error:
+        search.take_out_bad_values(error, data)
+    return None, data, search
 
 
 def _credentials(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -125,10 +126,11 @@ class _CleanRecords:
 def _clean_record(record: logging.LogRecord) -> logging.LogRecord:
     try:
         text = record.getMessage()
-    except Exception:  # a text that does not fit its values: the handlers say so
-        return record
-    if (clean := without_secrets(text)) != text:
-        record.msg, record.args = clean, ()
+    except Exception:  # a text that does not fit its values: the handlers say so, and show both
+        record.msg, record.args = cleaned(record.msg), cleaned(record.args)
+    else:
+        if (clean := without_secrets(text)) != text:
+            record.msg, record.args = clean, ()
     if isinstance(record.exc_info, tuple) and record.exc_info[0]:
         record.exc_text = without_secrets(logging.Formatter().formatException(record.exc_info))
     return record
@@ -150,7 +152,8 @@ def scrubbed() -> Iterator[None]:
 def scrub(error: BaseException) -> BaseException:
     """`error` to be raised on: the same one, its texts and those of what caused it without secrets; another where that cannot be done."""
     if not _was_cleaned(error):
-        return RuntimeError(f"{type(error).__name__}: {without_secrets(str(error))}")
+        told, *_ = _texts(error) or ["its text cannot be had"]
+        return RuntimeError(f"{type(error).__name__}: {without_secrets(told)}")
     one, seen = error, {id(error)}
     while (cause := one.__cause__ or (None if one.__suppress_context__ else one.__context__)) is not None and id(cause) not in seen:
         if not _was_cleaned(cause):  # what it caused is still told as what it is
@@ -166,16 +169,26 @@ def _was_cleaned(error: BaseException) -> bool:
     if _tells(error):
         with suppress(Exception):  # an error may forbid changes
             error.args = cleaned(error.args)
-            for name in ("filename", "filename2", "strerror", *vars(error)):
-                if isinstance(getattr(error, name, None), str):
-                    setattr(error, name, cleaned(getattr(error, name)))
+            for name in ("filename", "filename2", "strerror", "msg", "text", *vars(error)):
+                if type(value := getattr(error, name, None)) in (str, list, tuple, dict):  # of others, cleaned() would change the class
+                    setattr(error, name, cleaned(value))
     return not _tells(error)
 
 
 def _tells(error: BaseException) -> bool:
-    notes = "\n".join(getattr(error, "__notes__", ()))
-    text = f"{error}\n{error!r}\n{notes}"
-    return without_secrets(text) != text
+    """Whether it has a secret among its texts, or one that cannot be had, so that nobody knows."""
+    texts = _texts(error)
+    return texts is None or any(without_secrets(text) != text for text in texts)
+
+
+def _texts(error: BaseException) -> list[str] | None:
+    """What a traceback may show of it, its message first; None where its class cannot tell."""
+    try:
+        notes = getattr(error, "__notes__", ())
+        group = traceback.format_exception(error) if isinstance(error, BaseExceptionGroup) else []  # with the causes of its errors
+        return [str(error), repr(error), *(map(str, notes) if isinstance(notes, list | tuple) else [str(notes)]), "".join(group)]
+    except Exception:
+        return None
 
 
 def _is_path(value: str) -> bool:

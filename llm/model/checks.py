@@ -93,7 +93,7 @@ def _shape_problems(config: dict[str, Any]) -> list[tuple[str, str]]:
                 f"hidden_size={hidden} cannot be split over num_attention_heads={heads}. Nearest legal values: {_multiples(hidden, heads)}",
             )
         )
-    if heads and groups and heads % groups:
+    if heads and isinstance(groups, int) and heads % groups:
         found.append(
             (
                 "model.config.num_key_value_heads",
@@ -121,7 +121,7 @@ def _tensor_problems(config: dict[str, Any], tensor: int) -> list[tuple[str, str
     }
     found: list[tuple[str, str]] = []
     for name, size in sizes.items():
-        if size and size % tensor:
+        if isinstance(size, int) and size % tensor:
             found.append(
                 (
                     "parallel.tensor",

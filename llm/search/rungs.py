@@ -35,15 +35,18 @@ class Rungs:
         return step if step < config.train.steps else None
 
     def go_on(self, journal: Journal, arrived: set[int], all_begun: bool) -> list[int]:
-        """The trial, of those that have `arrived` at their rung, that goes on from it. Where all have been begun and all have arrived, the
-        best one does even where it is fewer than 1 in `reduction`: a sweep has a winner."""
-        least = int(all_begun)
+        """The seeds of the setting, of those that have `arrived` at their rung, that goes on from it. Where all have been begun and all
+        have arrived, the best one does even where it is fewer than 1 in `reduction`: a sweep has a winner."""
+        least, trials = int(all_begun), journal.trials
         for rung in reversed(range(len(self.tokens))):
-            for number in promoted(journal.trials, self.tokens[rung], self._reduction, least, self._repeats):
-                if journal.trials[number].rung == rung and number in arrived:
-                    journal.promote(number)
-                    # A large batch may bring it over two rungs in one step: then it waits at the second without a start of its own.
-                    return self.go_on(journal, arrived, all_begun) if self._is_at_its_rung(journal.trials[number]) else [number]
+            best = promoted(trials, self.tokens[rung], self._reduction, least, self._repeats, rung)
+            for setting in dict.fromkeys(number // self._repeats for number in best):
+                seeds = [number for number in best if number // self._repeats == setting and trials[number].rung == rung]
+                if seeds and arrived.issuperset(seeds):
+                    for number in seeds:
+                        journal.promote(number)
+                    # A large batch may bring them over two rungs in one step: then they wait at the second without a start of their own.
+                    return [n for n in seeds if not self._is_at_its_rung(trials[n])] or self.go_on(journal, arrived, all_begun)
         return []
 
     def _is_at_its_rung(self, trial: Trial) -> bool:
@@ -62,18 +65,19 @@ def rung_tokens(most: int, first_frac: float, reduction: float) -> list[int]:
     return rungs
 
 
-def promoted(trials: Mapping[int, Trial], tokens: int, reduction: float, least: int, repeats: int = 1) -> Sequence[int]:
+def promoted(trials: Mapping[int, Trial], tokens: int, reduction: float, least: int, repeats: int = 1, rung: int = 0) -> Sequence[int]:
     """The trials of the best 1 in `reduction` of the settings that have seen so many tokens, best first, and of at least so many settings.
 
     `repeats`: trials of one setting, which follow one another. It is judged by the mean of those that have not failed, once all are there,
-    and they go on together: a lucky seed takes no setting further.
+    and they go on together: a lucky seed takes no setting further. `rung`: the one after so many tokens, where only those are judged that
+    went on to it. One that a large batch has brought past it, and that waits at an earlier one, would keep others from going on.
     """
     of_setting: dict[int, list[Trial]] = {}
     for trial in trials.values():
         of_setting.setdefault(trial.number // repeats, []).append(trial)
     going = {setting: [seed for seed in seeds if seed.status != FAILED] for setting, seeds in of_setting.items()}
     whole = [setting for setting, seeds in of_setting.items() if len(seeds) == repeats and going[setting]]
-    there = [setting for setting in whole if all(seed.tokens >= tokens for seed in going[setting])]
+    there = [setting for setting in whole if all(seed.tokens >= tokens and seed.rung >= rung for seed in going[setting])]
     ranked = sorted(there, key=lambda setting: (fmean(seed.loss_at(tokens) for seed in going[setting]), setting))
     chosen = ranked[: max(least, int(len(ranked) / reduction))]
     return [seed.number for setting in chosen for seed in going[setting]]

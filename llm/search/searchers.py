@@ -31,8 +31,8 @@ def searcher_of(sweep: Sweep) -> Searcher:
     if package and importlib.util.find_spec(package) is None:
         raise ConfigError(f"search.searcher={name} needs a package that is not installed: pip install {package}")
     if name == "grid":
-        settings = space.whole_grid()
-        return lambda number, trials: settings[number] if number < len(settings) else None
+        space.in_grid(0)  # whether it can be
+        return lambda number, trials: space.in_grid(number)
     learning: dict[str, Callable[[Space, int, int, Collection[Trial]], dict[str, Any] | None]] = {
         "optuna": tpe,
         "bohb": bohb,

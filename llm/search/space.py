@@ -12,10 +12,9 @@ Every key of a run may be varied, `parallel.*` and `model.*` too: a trial has a 
 from __future__ import annotations
 
 import difflib
-import itertools
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,25 +65,28 @@ class Space:
     def draw(self, seed: int, number: int) -> dict[str, Any]:
         """The settings of trial `number` (0, 1, ...) of a random search. Grids are gone through in turn, first key slowest."""
         chance = random.Random(f"{seed} {number}")
-        grid = self.grid()
-        return {
-            key: grid[number % len(grid)][key] if domain.kind == "grid" else domain.draw(chance) for key, domain in self.domains.items()
-        }
+        grid = self._combination({key: domain.values for key, domain in self.domains.items() if domain.kind == "grid"}, number)
+        return {key: grid[key] if domain.kind == "grid" else domain.draw(chance) for key, domain in self.domains.items()}
 
-    def grid(self) -> list[dict[str, Any]]:
-        """Every combination of the grids' values; one empty one where there is no grid."""
-        grids = {key: domain.values for key, domain in self.domains.items() if domain.kind == "grid"}
-        return [dict(zip(grids, values, strict=True)) for values in itertools.product(*grids.values())]
-
-    def whole_grid(self) -> list[dict[str, Any]]:
-        """Every combination of all values, for a grid search. Raises ConfigError where a domain has too many to count."""
+    def in_grid(self, number: int) -> dict[str, Any] | None:
+        """The settings of trial `number` of a grid search, of all values; None after the last. Raises ConfigError where a domain has too
+        many to count."""
         for key, domain in self.domains.items():
             if domain.is_continuous:
                 raise ConfigError(
                     f"space.{key}: a grid search needs values that can be counted. Use grid, choice or quantized, not {domain.kind}."
                 )
-        named = {key: domain.options() for key, domain in self.domains.items()}
-        return [dict(zip(named, values, strict=True)) for values in itertools.product(*named.values())]
+        options = {key: domain.options() for key, domain in self.domains.items()}
+        return self._combination(options, number) if number < math.prod(map(len, options.values())) else None
+
+    @staticmethod
+    def _combination(options: Mapping[str, Sequence[Any]], number: int) -> dict[str, Any]:
+        """One of all combinations, in turn: the last key changes from each to the next. There may be more than any memory holds."""
+        found: dict[str, Any] = {}
+        for key in reversed(list(options)):
+            number, at = divmod(number, len(options[key]))
+            found[key] = options[key][at]
+        return {key: found[key] for key in options}
 
 
 def parse_space(raw: Mapping[str, Any]) -> Space:
@@ -123,7 +125,7 @@ def _domain(told: Any) -> Domain:
         raise ValueError(f"loguniform: low={values[0]} must be above 0")
     if kind == "quantized":
         steps = (values[1] - values[0]) / values[2] if values[2] > 0 else 0
-        if abs(steps - round(steps)) > 1e-9 or not 1 <= steps <= 100_000:
+        if not 1 <= steps <= 100_000 or abs(steps - round(steps)) > 1e-9:
             raise ValueError(f"quantized: step={values[2]} must lead from {values[0]} to {values[1]} in 1 to 100,000 whole steps")
     return Domain(kind, tuple(values))
 

@@ -38,3 +38,19 @@ def test_what_a_killed_process_left_is_removed_by_the_next_and_what_lives_is_not
     assert held.is_dir(), "it was killed"
     with connect._private_folder(str(tmp_path)):
         assert not held.exists() and stranger.is_dir()
+
+
+def test_what_others_put_beside_it_is_neither_waited_for_nor_removed(tmp_path):
+    long_ago = time.time() - 2 * connect.LEFT_AFTER_S
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    for name in ("ray-pipe", "ray-link"):
+        (tmp_path / name).mkdir()
+    os.mkfifo(tmp_path / "ray-pipe" / connect.LOCK)
+    (precious / connect.LOCK).touch()
+    (tmp_path / "ray-link" / connect.LOCK).symlink_to(precious / connect.LOCK)
+    (tmp_path / "ray-folder").symlink_to(precious)
+    for path in (tmp_path / "ray-pipe" / connect.LOCK, precious / connect.LOCK):
+        os.utime(path, (long_ago, long_ago))
+    with connect._private_folder(str(tmp_path)):
+        assert (precious / connect.LOCK).is_file() and (tmp_path / "ray-pipe").is_dir() and (tmp_path / "ray-link").is_dir()

@@ -11,6 +11,7 @@ import string
 import time
 import traceback
 from pathlib import Path
+from subprocess import CalledProcessError
 from typing import NamedTuple
 from urllib.parse import quote, urlencode
 
@@ -238,6 +239,45 @@ def test_a_cause_that_cannot_be_cleaned_is_left_out_and_the_error_stays_what_it_
     assert scrub(error) is error and error.__cause__ is error.__context__ is None
     other = scrub(FrozenError(f"signed with {canary}"))
     assert isinstance(other, RuntimeError) and str(other) == "FrozenError: signed with ***"
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("it has no text")
+
+
+class NotText(Exception):
+    def __repr__(self) -> str:
+        return 5  # pyright: ignore[reportReturnType]
+
+
+def noted(note: object) -> ValueError:
+    error = ValueError("noted")
+    error.__notes__ = note  # pyright: ignore[reportAttributeAccessIssue]
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(Mute(CANARY), NotText(CANARY), noted(CANARY), noted([CANARY.encode(), 5]), noted(5)),
+        *(SyntaxError("no", ("file", 1, 1, CANARY)), CalledProcessError(1, ["curl", CANARY], CANARY)),
+        ExceptionGroup("several", [ValueError("first")]),
+    ],
+)
+def test_errors_of_odd_classes_are_cleaned_too(error: Exception, canary: str) -> None:
+    if isinstance(error, ExceptionGroup):
+        error.exceptions[0].__cause__ = KeyError(canary)
+    outer = StorageError("the row could not be written")
+    outer.__cause__ = error
+    assert scrub(outer) is outer and canary not in "".join(traceback.format_exception(outer))
+    assert canary not in "".join(traceback.format_exception(scrub(error)))
+
+
+def test_a_record_whose_text_does_not_fit_its_values_shows_no_secret(canary: str) -> None:
+    with clean_records():
+        record = logging.getLogRecordFactory()("name", logging.ERROR, "file", 1, f"{canary} %d", (canary,), None)
+    assert (record.msg, record.args) == ("*** %d", ("***",))
 
 
 def test_records_are_cleaned_once(canary: str) -> None:

@@ -9,6 +9,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm.checkpoint.layout import step_folder
+from llm.checkpoint.manifest import MANIFEST
 from llm.search.rungs import promoted, rung_tokens
 from llm.search.searchers import searcher_of
 from llm.search.study import Study
@@ -80,6 +82,7 @@ def train(study: Study, slots: int, order: random.Random, stop_after: int = 10**
         until, before = config["until_step"] or config["steps"], study.trials[run.number].tokens // ROW_TOKENS
         if run.ended:
             continue
+        assert until > before, "a start for nothing"
         if run.number % 13 == 12:
             study.end(run.number, FAILED, "the loss is nan")
             continue
@@ -143,7 +146,9 @@ def keep(study: Study, folder) -> None:
         rows = [{"kind": "eval", "step": point.step, "eval_loss": point.loss} for point in trial.curve]
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         for point in trial.curve:
-            (run / "checkpoints" / f"step-{point.step:08d}").mkdir(parents=True)
+            saved = run / "checkpoints" / step_folder(point.step)
+            saved.mkdir(parents=True)
+            (saved / MANIFEST).write_text("{}")  # published
 
 
 def test_no_trial_is_started_for_a_rung_that_its_batch_has_passed(tmp_path, monkeypatch):
@@ -169,3 +174,45 @@ def test_no_trial_is_started_for_a_rung_that_its_batch_has_passed(tmp_path, monk
     assert {trial.status for trial in ended} == {FINISHED, STOPPED}
     best = best_of(study.trials)
     assert best is not None and best.settings["train.batch_rows"] == large and best.status == FINISHED
+
+
+def test_a_large_batch_that_waits_at_an_earlier_rung_keeps_nobody_at_a_later_one(tmp_path, monkeypatch):
+    """It has seen the tokens of all rungs in its first step, is second at the first rung and would be the best at the next."""
+    monkeypatch.chdir(tmp_path)
+    write_sweep(
+        tmp_path,
+        set={"train.tokens": 90 * ROW_TOKENS, "train.steps": None, "eval.every_steps": 0},
+        space={"train.batch_rows": {"grid": [320, 8, 8]}, "train.lr": {"uniform": [0.1, 0.2]}},
+        scheduler={"kind": "asha", "first_frac": 1 / 9, "reduction": 3},
+        budget={"trials": 3},
+    )
+    study, losses = study_of(tmp_path, 3), {(0, 1): 5.5, (1, 10): 5.0, (2, 10): 7.0, (1, 30): 6.0, (1, 90): 4.0}
+    while (run := study.next()) is not None:
+        config = yaml.safe_load(run.yaml)["train"]
+        until = config["until_step"] or config["steps"]
+        tokens = until * config["batch_rows"] * 32
+        study.learn(run.number, {"step": until, "tokens": tokens, "eval_loss": losses[run.number, until], "took_s": 1.0})
+        study.end(run.number, PAUSED if config["until_step"] else FINISHED)
+    assert [trial.status for trial in study.trials.values()] == [STOPPED, FINISHED, STOPPED]
+
+
+def test_better_settings_that_come_in_between_do_not_part_the_seeds_of_one_that_goes_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scheduler = {"kind": "asha", "first_frac": 1 / 9, "reduction": 3}
+    told = {"set": {"train.steps": 90, "eval.every_steps": 0}, "scheduler": scheduler, "budget": {"trials": 4}}
+    write_sweep(tmp_path, sweep={"name": "search", "repeats": 2}, **told)
+    study = study_of(tmp_path, 4)
+
+    def pauses(number: int, loss: float) -> None:
+        study.learn(number, {"step": 10, "tokens": 10 * ROW_TOKENS, "eval_loss": loss, "took_s": 1.0})
+        study.end(number, PAUSED)
+
+    begun = [study.next() for _ in range(8)]
+    for number in range(6):
+        pauses(number, 5 + number)
+    first = study.next()
+    pauses(6, 1.0)
+    pauses(7, 1.0)
+    second = study.next()
+    assert None not in begun and first is not None and second is not None
+    assert (first.number, second.number) == (0, 1)

@@ -11,6 +11,7 @@ import zipfile
 from importlib import metadata
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -77,7 +78,7 @@ def test_the_same_files_go_along_as_with_ray(tmp_path: Path) -> None:
 SECRET_NAMES = (
     *(".env", "conf/.ENV.local", "prod.env", "ca/tls.pem", "tls.key", "id_rsa", "deep/id_ed25519.bak", ".netrc", ".pypirc", "token"),
     *(".aws/config", "me/.ssh/known", "credentials", "gcp-credentials.json", "Secrets.yaml", "terraform.tfstate", "kubeconfig"),
-    "deep/secrets/prod",
+    *("deep/secrets/prod", "hf_token", "k8s/secret.yaml", "my-secrets.yml", ".bash_history"),
 )
 ORDINARY_NAMES = (
     "run.yaml",
@@ -87,6 +88,7 @@ ORDINARY_NAMES = (
     "tokens.txt",
     "credentials.py",
     "secretive/a.py",
+    "secret.py",
     "keys.txt",
 )
 
@@ -113,7 +115,7 @@ def test_no_secret_goes_along_and_all_that_stays_is_told(folder: Path, capsys) -
         )
         (folder / ".rayignore").unlink()
         assert job.main(words) == 0
-        assert " and 15 more. What" in capsys.readouterr().err
+        assert " and 19 more. What" in capsys.readouterr().err
         write(folder / "prod.env", RUN)
         assert job.main([*words[:4], "prod.env", "--no-wait"]) == 2
         assert "prod.env would not be uploaded: its name is that of files with secrets" in capsys.readouterr().err
@@ -200,6 +202,25 @@ def test_a_log_is_shown_as_it_grows_where_no_connection_for_pieces_comes_about(m
 
         submit.follow(JobServer(there.address), "a", show)
     assert seen == ["one\n", "two\n"]
+
+
+def test_a_long_log_that_is_read_whole_each_time_keeps_the_head_busy_for_a_tenth_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, rests = [100.0], []
+
+    class Slow(JobServer):
+        def log(self, job_id: str) -> str:
+            clock[0] += (4.0, 0.01, 1000.0, 0.0)[len(rests)]
+            return "so far\n"
+
+    with fake_job_server(fake(more={"status": "RUNNING"}, no_tail=True)) as there:
+
+        def sleep(rest_s: float) -> None:
+            rests.append(rest_s)
+            there.more = {"status": "RUNNING" if len(rests) < 3 else "STOPPED"}
+
+        monkeypatch.setattr(submit, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
+        submit.follow(Slow(there.address), "a", lambda text: None)
+    assert rests == [36.0, submit.LOOK_S, submit.REST_AT_MOST_S]
 
 
 def test_exit_codes_are_those_of_a_shell() -> None:

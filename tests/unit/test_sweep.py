@@ -98,6 +98,30 @@ def test_all_bad_domains_are_told_at_once():
         ({"space": {"run.seed": {"choice": [1, 2]}}}, "sweep.repeats"),
         ({"space": {"train.until_step": {"choice": [1, 2]}}}, "space.train.until_step: the scheduler says where trials pause"),
         ({"space": {"eval.rows": {"choice": [8, 16]}}}, "space.eval.rows: trials are compared by the loss on these rows"),
+        ({"space": {"eval": {"choice": [{"rows": 8}]}}}, "space.eval: it holds eval.rows: trials are compared by the loss on these rows"),
+        ({"space": {"data.cache": {"choice": [{}, {"enabld": True}]}}}, "space.data.cache: data.cache.enabld is not a known key. Nearest"),
+        ({"space": {"data.sources.0": {"choice": [{"name": "made"}]}}}, "space.data.sources.0: data.sources.0.uri is missing"),
+        ({"space": {"train.betas.0": {"choice": [0.9, "x"]}}}, 'space.train.betas.0: train.betas=["x", 0.95] must be a list of 2 numbers'),
+        ({"space": {"train.betas.2": {"choice": [0.9]}}}, "space.train.betas.2: train.betas has no entry 2. Legal values: 0 to 1"),
+        ({"space": {"data.cache.uri": {"choice": ["/a", "s3://me:word@b"]}}}, "space.data.cache.uri: data.cache.uri holds a user name or"),
+        (
+            {"space": {"data.cache": {"choice": [{}]}, "data.cache.enabled": {"choice": [True]}}},
+            "space.data.cache.enabled: it is a part of space.data.cache, whose values replace it. Vary one of the two",
+        ),
+        (
+            {"space": {"model.config.hidden_size": {"uniform": [32, 128]}}},
+            "must be a whole number of at least 1. Nearest legal value: 113. Or draw whole numbers: {quantized: [low, high, step]}",
+        ),
+        (
+            {"space": {"train.batch_rows": {"choice": [8, 9]}, "train.microbatch_rows": {"choice": [5]}}},
+            "space.train.microbatch_rows: train.batch_rows=8 cannot be split",
+        ),
+        (
+            {"space": {"parallel.workers": {"choice": [4]}, "train.batch_rows": {"choice": [6, 10]}}},
+            "of 100 draws none has values that go together: train.batch_rows=10 cannot be split over 4 data ranks",
+        ),
+        ({"set": {"data.seq_len": 5000}}, "no values that were drawn mend the run, which cannot be as it is: data.seq_len=5000 is longer"),
+        ({"space": {"train.lr": {"quantized": [0, 1e300, 1e-300]}}}, "must lead from 0 to 1e+300 in 1 to 100,000 whole steps"),
         ({"budget": {"dollars": 3.0}}, "needs log.dollars_per_worker_hour"),
         ({"budget": {"trails": 3}}, "budget.trails: no such key. Nearest: trials."),
         ({"shedule": {}}, "shedule: no such key. Nearest: scheduler."),
@@ -120,6 +144,40 @@ def test_a_sweep_that_cannot_be_is_refused_before_anything_starts(tmp_path, sect
         searcher_of(load_sweep(str(path), []))
     assert words in str(caught.value)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        {"parallel.workers": {"choice": [2, 4]}, "parallel.tensor": {"choice": [2]}},
+        {"train.batch_rows": {"choice": [32, 64]}, "train.microbatch_rows": {"grid": [16, "auto"]}},
+        {"train.lr_batch_rule": {"choice": ["sqrt", "linear"]}, "train.lr_batch_rows": {"choice": [8, 16]}},
+    ],
+)
+def test_values_that_are_legal_only_together_are_searched(tmp_path, space):
+    sweep = load_sweep(str(write_sweep(tmp_path, space=space)), [])
+    sweep.trial(Trial(0, sweep.space.draw(0, 0)))
+
+
+def test_a_space_may_vary_an_entry_of_a_list(tmp_path):
+    space = {"train.betas.1": {"uniform": [0.8, 0.99]}, "data.sources.0.weight": {"uniform": [0.1, 1.0]}}
+    trial = load_sweep(str(write_sweep(tmp_path, space=space)), []).trial(Trial(0, {"train.betas.1": 0.87, "data.sources.0.weight": 0.5}))
+    assert trial.train.betas == (0.9, 0.87) and trial.data.sources[0].weight == 0.5
+
+
+def test_the_cluster_is_for_the_largest_trial_however_its_numbers_are_written(tmp_path):
+    space = {"parallel.workers": {"quantized": [1.0, 4.0, 1.0]}, "data.windows_ahead": {"choice": ["2", "3"]}}
+    sweep = load_sweep(str(write_sweep(tmp_path, space=space)), [])
+    assert (sweep.most("parallel", "workers"), sweep.most("data", "windows_ahead"), sweep.most("parallel", "tensor")) == (4, 3, 1)
+    (tmp_path / "other").mkdir()
+    sections = {"parallel": {"choice": [{"workers": 2}, {"workers": 3, "tensor": 1}]}}
+    assert load_sweep(str(write_sweep(tmp_path / "other", space=sections)), []).most("parallel", "workers") == 3
+
+
+def test_a_grid_of_more_combinations_than_memory_holds_is_gone_through_in_turn():
+    space = parse_space({name: {"grid": list(range(1000))} for name in "abcdef"})
+    assert [space.draw(0, number) for number in (0, 1001)] == [dict.fromkeys("abcdef", 0), {**dict.fromkeys("abcdef", 0), "e": 1, "f": 1}]
+    assert space.in_grid(10**18 - 1) == dict.fromkeys("abcdef", 999) and space.in_grid(10**18) is None
 
 
 def test_a_trial_is_the_run_with_its_settings_in_the_sweeps_folder(tmp_path, monkeypatch):

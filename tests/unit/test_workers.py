@@ -148,3 +148,14 @@ def looked(*looks: tuple[int, int, bool, bool]) -> tuple[bool, bool]:
 )
 def test_a_refusal_counts_when_a_later_round_says_so_and_nobody_can_leave_room(looks, verdict):
     assert looked(*looks) == verdict
+
+
+def test_who_waits_for_nodes_that_are_on_the_way_is_one_that_may_leave_room():
+    chance = Chance()
+    seen = [Autoscaler(True, version=v, considered=v - 1, pending=frozenset({"ab", "cd"}), refused=frozenset({"ab"})) for v in (5, 6)]
+    for look in seen:
+        chance.look(look, "ab", in_use=False)
+    assert (chance.is_none, chance.is_others) == (False, True)
+    for version in (7, 8):  # the other is gone, or refused too
+        chance.look(Autoscaler(True, version=version, considered=version - 1, refused=frozenset({"ab", "cd"})), "ab", in_use=False)
+    assert chance.is_none
