@@ -14,7 +14,6 @@ The trials are runs in `<run.storage>/<sweep.name>/trials/`, which share the run
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,24 +23,16 @@ from pydantic_core import ErrorDetails
 
 from llm.checkpoint.layout import step_folder
 from llm.config import NAME, RunConfig, Section
-from llm.config_changes import MAY_DIFFER, is_below
-from llm.config_file import bad_alone, dump_run, parse_run, read_mapping, read_text, with_settings
-from llm.errors import ConfigError, ModelError
-from llm.model.checks import check_model
-from llm.model.presets import model_config
-from llm.search.space import Domain, Space, parse_space
+from llm.config_changes import is_below
+from llm.config_file import dump_run, parse_run, read_mapping, read_text, with_settings
+from llm.errors import ConfigError
+from llm.search.space import Space, parse_space
+from llm.search.sweep_checks import require_population, require_searchable
 from llm.search.trials import Trial
-from llm.storage import is_s3, join, local_path, read_bytes
+from llm.storage import is_s3, join, local_path
 
 # Keys by which the evaluated tokens differ, or what precedes them.
 _OTHER_TEXT = ("data.seq_len", "data.sources", "data.clean", "data.isolate_documents", "data.slice_bytes", "tokenizer", "model.path")
-# Keys that no space may vary, and why.
-_OWN = {
-    "run": "it is the sweep's own. Use sweep.repeats for several seeds",
-    "train.until_step": "the scheduler says where trials pause. Use train.steps or train.tokens for runs of other lengths",
-    "eval.rows": "trials are compared by the loss on these rows. Set it for all, in the run or in `set`",
-}
-_DRAWS = 100  # of all keys together, one of which must make a run
 
 
 class SweepSection(Section):
@@ -171,9 +162,9 @@ def load_sweep(path: str, overrides: list[str], with_files: bool = True) -> Swee
             f"{path}: budget.dollars={file.budget.dollars:g} needs log.dollars_per_worker_hour: give it in the run, or in `set`."
         )
     sweep = Sweep(file, parse_space(file.space), base)
-    _require_keys(sweep, with_files)
+    require_searchable(sweep, with_files)
     if file.scheduler.kind == "pbt":
-        _require_population(sweep)
+        require_population(sweep)
     if not base.eval.rows:
         raise ConfigError(f"{run_path}: eval.rows=0, and trials are compared by their evaluation loss. Set eval.rows, for example to 64.")
     return sweep
@@ -188,85 +179,6 @@ def _told(problem: ErrorDetails) -> str:
         fields = fields[str(name)].annotation.model_fields
     close = difflib.get_close_matches(str(problem["loc"][-1]), fields, n=1, cutoff=0)
     return f"no such key. Nearest: {close[0]}. Keys: {', '.join(fields)}"
-
-
-def _require_keys(sweep: Sweep, with_files: bool) -> None:
-    """A key that no run has or that is the sweep's own, and a value that its key never takes, are refused before anything starts; so is a
-    space of whose values none go together. Those that are legal only together with some of the others are the trials' to tell."""
-    domains = sweep.space.domains
-    never = {key: told for key, domain in domains.items() if (told := _never(sweep, key, domain))}
-    problems = [f"  space.{key}: {told}" for key, told in never.items()]
-
-    def error_of(number: int) -> str:
-        drawn = sweep.space.draw(sweep.file.sweep.seed, number)
-        return _error(sweep, {key: value for key, value in drawn.items() if key not in never}, with_files)
-
-    if all(error_of(number) for number in range(_DRAWS)):
-        alone = {key: _alone(sweep, key, domain, with_files) for key, domain in domains.items() if key not in never}
-        if told := _error(sweep, {}, with_files):
-            problems.append(f"  no values that were drawn mend the run, which cannot be as it is: {told}")
-        else:
-            found = [f"  space.{key}: {error}" for key, error in alone.items() if error]
-            problems += found or [f"  of {_DRAWS} draws none has values that go together: {error_of(0)}"]
-    if problems:
-        raise ConfigError("\n".join(["the space cannot be searched:", *problems]))
-
-
-def _never(sweep: Sweep, key: str, domain: Domain) -> str:
-    """Why no trial can have the key, or one of its values, whatever the other keys are; empty where that is not so."""
-    for own, why in _OWN.items():
-        if is_below(key, [own]) or is_below(own, [key]):
-            return why if is_below(key, [own]) else f"it holds {own}: {why}"
-    if above := next((each for each in sweep.space.domains if each != key and is_below(key, [each])), None):
-        return f"it is a part of space.{above}, whose values replace it. Vary one of the two"
-    told = next(filter(None, (bad_alone(sweep.base, key, value) for value in domain.examples())), "")
-    return f"{told}{_whole(domain, lambda value: bad_alone(sweep.base, key, value))}" if told else ""
-
-
-def _alone(sweep: Sweep, key: str, domain: Domain, with_files: bool) -> str:
-    """Why the run can have none of the key's values; empty where it can have one."""
-    errors = [_error(sweep, {key: value}, with_files) for value in domain.examples()]
-    between = errors[2:] if domain.is_continuous else errors  # the ends are never drawn
-    return f"{between[0]}{_whole(domain, lambda value: _error(sweep, {key: value}, with_files))}" if all(between) else ""
-
-
-def _whole(domain: Domain, error: Callable[[Any], str | None]) -> str:
-    """The fix where the ends of a domain are legal, and no number between them."""
-    between = domain.is_continuous and not any(error(end) for end in domain.options())
-    return ". Or draw whole numbers: {quantized: [low, high, step]}" if between else ""
-
-
-def _error(sweep: Sweep, settings: dict[str, Any], with_files: bool) -> str:
-    """Why the run cannot be with these settings, in a line; empty where it can, as far as can be told without its tokenizer."""
-    try:
-        config = sweep.with_settings("the run", settings)
-        if config.model.path and not with_files:
-            return ""
-        model = model_config(config.model, None, lambda uri: read_bytes(uri, sweep.base.s3))
-    except (ConfigError, ModelError) as error:
-        return str(error).splitlines()[-1].strip()
-    found = check_model(
-        model,
-        tensor=config.parallel.tensor,
-        vocab_size=1,
-        seq_len=config.data.seq_len,
-        isolate=config.data.isolate_documents,
-        attention=config.model.attention,
-        mup_base_width=config.model.mup_base_width,
-    )
-    return found[0][1] if found else ""
-
-
-def _require_population(sweep: Sweep) -> None:
-    if foreign := [key for key in sweep.space.domains if not is_below(key, MAY_DIFFER)]:
-        raise ConfigError(
-            f"scheduler.kind=pbt changes settings while trials train, and space.{foreign[0]} says what the weights or the data are. "
-            "Leave it out, or use scheduler.kind=asha."
-        )
-    if sweep.file.sweep.repeats > 1:
-        raise ConfigError("scheduler.kind=pbt needs sweep.repeats=1: trials of other seeds see other data, and cannot take over.")
-    if sweep.steps_between(sweep.base) >= sweep.base.train.steps:
-        raise ConfigError(f"scheduler.first_frac={sweep.file.scheduler.first_frac:g} leaves one generation. Lower it, for example to 0.2.")
 
 
 def yaml_value(value: Any) -> str:
