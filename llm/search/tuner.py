@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from llm.redact import SECRET_VARIABLE
 from llm.search.study import Study
 from llm.search.trial import run_trial
 from llm.search.trials import FAILED, STOPPED, tokens_after
@@ -34,6 +35,10 @@ def search(study: Study, max_concurrent: int, folder: str, watch: Callable[[], N
     }
     import ray
     from ray import tune
+    from ray.tune.execution import class_cache
+
+    # Tune copies the driver's AWS keys into its actors' runtime environment, which the cluster shows and logs. Nodes have their own.
+    class_cache.ENV_VARS_TO_PROPAGATE = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if not SECRET_VARIABLE.search(name)}
 
     address = ray.get_runtime_context().gcs_address
 

@@ -49,14 +49,15 @@ _budget: Budget | None = None
 
 
 def incident() -> Incident | None:
-    """Why the last group ended; None for the command's first. Asked when the next is there: peers see their connections close many seconds
-    before Ray knows that a node is gone, and by now it does."""
+    """Why the last group ended; None for the command's first. Asked when the next is there: peers see their connections close, and Ray a
+    node's workers gone, many seconds before it knows that the node is, and by now it does."""
     global _incident, _nodes
     before, _nodes = _nodes, _living_nodes()
-    if _incident is not None and _incident.cause == Cause.LOST_PEER.value and before - _nodes:
+    seemed = next((cause for cause in (Cause.LOST_PEER, Cause.CRASH) if _incident is not None and _incident.cause == cause.value), None)
+    if _incident is not None and seemed is not None and before - _nodes:
         _incident = replace(_incident, cause=Cause.NODE_LOST.value, told=str(Failure(Cause.NODE_LOST, (), "a node went away")))
         if _budget is not None:
-            _budget.recast(Cause.LOST_PEER, Cause.NODE_LOST)
+            _budget.recast(seemed, Cause.NODE_LOST)
     return _incident
 
 

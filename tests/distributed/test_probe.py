@@ -115,3 +115,14 @@ def test_an_engine_whose_accumulation_changes_trains_as_one_that_was_made_so(zer
         assert other_loss == pytest.approx(loss, abs=1e-5)
         assert other_norm == pytest.approx(norm, rel=1e-4)
     assert same[0][0] > same[2][0] + 1e-3  # the weights moved
+
+
+def test_of_an_error_that_a_failed_allocation_caused_the_allocation_is_told():
+    from llm.train.tune.probe import failed_allocation
+
+    error = RuntimeError("a llama model refuses its config:")
+    assert failed_allocation(error) is None
+    error.__cause__ = MemoryError("Cannot allocate memory")
+    assert failed_allocation(error) is error.__cause__
+    own = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    assert failed_allocation(own) is own

@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ import pytest
 
 from tests.infra import monitored_ray as shown
 from tests.infra.test_monitoring import MONITORING, OURS, expressions, metric_names
+from tests.ports import free_port
 
 ROOT = MONITORING.parents[1]
 NEEDS_A_GPU = {"ray_node_gpus_utilization", "ray_node_gram_used", "ray_node_gram_available"}
@@ -47,9 +47,7 @@ def prometheus() -> Iterator[Callable[[str], dict[str, Any]]]:
             config = (MONITORING / "prometheus.yaml").read_text().replace("/tmp/ray/", f"{folder}/ray/").replace(": 15s", ": 1s")
             (Path(folder) / "prometheus.yaml").write_text(config)
             shutil.copy(MONITORING / "alerts.yaml", folder)
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                address = f"127.0.0.1:{probe.getsockname()[1]}"
+            address = f"127.0.0.1:{free_port()}"
             flags = [f"--config.file={folder}/prometheus.yaml", f"--storage.tsdb.path={folder}/data", f"--web.listen-address={address}"]
             with (Path(folder) / "prometheus.log").open("wb") as prometheus_log:
                 server = subprocess.Popen([binary, *flags], cwd=folder, stdout=prometheus_log, stderr=prometheus_log)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import pytest
 
 from llm.config import RecoverySection
@@ -96,3 +98,21 @@ def test_a_planned_stop_and_a_lack_of_room_use_up_nothing(cause):
 @pytest.mark.parametrize("cause", [Cause.REFUSED, Cause.BUG])
 def test_what_would_fail_again_is_not_retried(cause):
     assert Budget(RecoverySection()).judge(crash(cause), 5, 0.0).gave_up
+
+
+@pytest.mark.parametrize("cause", list(Cause))
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_what_a_lost_node_looked_like_at_first_is_counted_as_one(monkeypatch: pytest.MonkeyPatch, cause: Cause, is_gone: bool) -> None:
+    from llm.train import recovery
+    from llm.train.life import Incident
+
+    budget = Budget(RecoverySection(), restarts={cause: deque([1.0])})
+    monkeypatch.setattr(recovery, "_budget", budget)
+    monkeypatch.setattr(recovery, "_incident", Incident(cause.value, "as it seemed", 1.0, 1))
+    monkeypatch.setattr(recovery, "_nodes", {"a", "b"})
+    monkeypatch.setattr(recovery, "_living_nodes", lambda: {"a"} if is_gone else {"a", "b"})
+    seen = recovery.incident()
+    is_recast = is_gone and cause in (Cause.LOST_PEER, Cause.CRASH)
+    assert seen is not None and seen.cause == (Cause.NODE_LOST if is_recast else cause).value
+    counted = {one for one, times in budget.restarts.items() if times}
+    assert counted == {Cause.NODE_LOST if is_recast else cause}

@@ -37,9 +37,9 @@ def require_something_fits(config: RunConfig, measured: Measured) -> int:
     limit = f" of {search.limit_bytes / 2**30:.2f} GiB" if search.limit_bytes else ""
     told = search.failed[min(search.failed)].rstrip(".")
     raise ConfigError(
-        f"not even a micro-batch of {legal_rows(config.rank_rows)[0]} row fits the memory{limit} of a worker: {told}. Raise "
-        "parallel.zero_stage or parallel.tensor, add workers, set train.activation_checkpointing=true or parallel.offload=optimizer, or "
-        "lower data.seq_len."
+        f"not even a micro-batch of {legal_rows(config.rank_rows)[0]} row fits the memory{limit} of a worker: {told}. Give it more "
+        "(--memory-gib, where that set the limit), raise parallel.zero_stage or parallel.tensor, add workers, set "
+        "train.activation_checkpointing=true or parallel.offload=optimizer, or lower data.seq_len."
     )
 
 

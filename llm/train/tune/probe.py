@@ -77,20 +77,21 @@ def probe(job: Job, mesh: Mesh, task: ProbeTask) -> Iterator[Event]:
             memory.lift_limit()  # sizes that fit alone need not fit after one another, and what fits is known by now
         yield from _timed(job, engine, sizes)
     except Exception as error:
-        if not is_out_of_memory(error):
-            raise
         memory.lift_limit()  # or there may be none left to tell it with
-        yield OutOfMemory(rows, _first_line(error))
+        failed = failed_allocation(error)
+        if failed is None:
+            raise
+        yield OutOfMemory(rows, _first_line(failed))
 
 
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an allocation failed, on a GPU or on the CPU, here or in what caused the error."""
+def failed_allocation(error: BaseException | None) -> BaseException | None:
+    """The error of an allocation that failed, on a GPU or on the CPU: this one or what caused it. None where none did."""
     while error is not None:
         told = str(error).lower()
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in told for text in NO_MEMORY):
-            return True
+            return error
         error = error.__cause__ or error.__context__
-    return False
+    return None
 
 
 def _timed(job: Job, engine: Engine, sizes: list[int]) -> Iterator[Event]:
