@@ -175,6 +175,12 @@ def test_the_cluster_is_for_the_largest_trial_however_its_numbers_are_written(tm
     assert load_sweep(str(write_sweep(tmp_path / "other", space=sections)), []).most("parallel", "workers") == 3
 
 
+def test_quantized_values_are_those_that_were_asked_for():
+    space = parse_space({"a": {"quantized": [100001.0, 100003.0, 1.0]}, "b": {"quantized": [0.1, 0.4, 0.1]}, "c": {"quantized": [1, 3, 1]}})
+    told = {key: domain.options() for key, domain in space.domains.items()}
+    assert told == {"a": [100001.0, 100002.0, 100003.0], "b": [0.1, 0.2, 0.3, 0.4], "c": [1, 2, 3]}
+
+
 def test_a_grid_of_more_combinations_than_memory_holds_is_gone_through_in_turn():
     space = parse_space({name: {"grid": list(range(1000))} for name in "abcdef"})
     assert [space.draw(0, number) for number in (0, 1001)] == [dict.fromkeys("abcdef", 0), {**dict.fromkeys("abcdef", 0), "e": 1, "f": 1}]
