@@ -71,12 +71,13 @@ def expected(field: FieldInfo) -> str:
     """What `field` takes: "a whole number of at least 1, or auto"."""
     bounds, types, names = _bounds(field), bare_types(field.annotation), choices(field.annotation)
     limits = "".join(f" {words} {bounds[name]}" for name, words in BOUND_WORDS.items() if name in bounds)
+    some = " of at least one character" if any(getattr(rule, "min_length", None) for rule in field.metadata) else ""
     parts: list[str] = []
     for kind in types:
         if kind in (int, float):
             parts.append(KINDS[kind] + limits.replace(" of at most", " and at most").replace(" under", " and under"))
         elif kind is str:
-            parts.append(f"text that matches {bounds['pattern']}" if "pattern" in bounds else "text")
+            parts.append(f"text that matches {bounds['pattern']}" if "pattern" in bounds else f"text{some}")
         elif kind is tuple:
             parts.append(f"a list of {len(get_args(field.annotation))} numbers")
         elif item := item_section_of(field.annotation):
@@ -143,6 +144,8 @@ def _clamped(number: float, bounds: dict[str, Any], whole: bool) -> list[str]:
 
 def _legal_text(field: FieldInfo, text: str) -> list[str]:
     """`text` with what the field's pattern forbids replaced, in quotes, without which YAML may read something else."""
+    if not text:
+        return []
     pattern = _bounds(field).get("pattern", ".")
     for candidate in (text, f"http://{text}", re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:100]):
         if re.search(pattern, candidate):

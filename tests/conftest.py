@@ -29,6 +29,11 @@ os.environ.update(
     }
 )
 
+from hypothesis import settings  # noqa: E402 - it reads its folder from the environment
+
+settings.register_profile("headrace", deadline=None)  # a busy machine is no failure
+settings.load_profile("headrace")
+
 
 def _left_over() -> list[psutil.Process]:
     """The living processes that this session started, whoever their parent is now."""

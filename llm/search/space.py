@@ -22,6 +22,7 @@ from llm.errors import ConfigError
 
 KINDS = ("uniform", "loguniform", "quantized", "choice", "grid")
 DIGITS = 5  # of a drawn number: what a person reads in best.yaml is what was trained
+STEP_DIGITS = 12  # of a quantized one, which is as it was asked for but for the errors of sums
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Domain:
         if self.kind != "quantized":
             return list(self.values)
         low, high, step = self.values
-        return [rounded(low + i * step) for i in range(round((high - low) / step) + 1)]
+        return [rounded(low + i * step, STEP_DIGITS) for i in range(round((high - low) / step) + 1)]
 
     @property
     def is_continuous(self) -> bool:
@@ -130,6 +131,6 @@ def _domain(told: Any) -> Domain:
     return Domain(kind, tuple(values))
 
 
-def rounded(value: float) -> float:
+def rounded(value: float, digits: int = DIGITS) -> float:
     """A drawn number as it is written down and trained with."""
-    return value if isinstance(value, int) else float(f"{value:.{DIGITS - 1}e}")
+    return value if isinstance(value, int) else float(f"{value:.{digits - 1}e}")

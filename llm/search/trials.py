@@ -27,6 +27,7 @@ from llm.storage import join, read_bytes_or_none, write_bytes
 
 FINISHED, STOPPED, FAILED, RUNNING = "finished", "stopped", "failed", "running"
 METRICS = "metrics.jsonl"
+CHANGES_SHOWN = 10
 PAUSED = "paused"  # how a run ends that is to go on: of no trial
 
 
@@ -95,14 +96,14 @@ class Journal:
         """Raises ConfigError where another sweep is kept there."""
         self._uri, self._s3 = join(sweep_uri, "sweep.jsonl"), s3
         data = read_bytes_or_none(self._uri, s3) or b""
-        self._lines = [line for line in data.decode().splitlines() if line]
         self.trials: dict[int, Trial] = {}
         try:
+            self._lines = [line for line in data.decode().splitlines() if line]
             rows = [json.loads(line) for line in self._lines]
-            before = rows[0]["made_of"] if rows else made_of
+            before = dict(rows[0]["made_of"]) if rows else made_of
             for row in rows[1:]:
                 self._take(row)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError(f"{self._uri} is no sweep's record ({type(error).__name__}: {error}). Choose another sweep.name.") from None
         _require_same(sweep_uri, before, json.loads(json.dumps(made_of)))
         if not rows:
@@ -200,10 +201,13 @@ def best_of(trials: Mapping[int, Trial]) -> Trial | None:
 
 
 def _require_same(uri: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    if isinstance(before.get("run"), str):
+        raise ConfigError(f"the sweep in {uri} is an earlier version's, which recorded its run as a text. Choose another sweep.name.")
     old, new = dict(leaves(before, "")), dict(leaves(now, ""))
     keys = [key for key in {**old, **new} if old.get(key, ABSENT) != new.get(key, ABSENT)]
     if keys:
-        changed = "\n".join(f"  {key}: {told(old.get(key, ABSENT))} -> {told(new.get(key, ABSENT))}" for key in keys)
+        changed = "\n".join(f"  {key}: {told(old.get(key, ABSENT))} -> {told(new.get(key, ABSENT))}" for key in keys[:CHANGES_SHOWN])
+        changed += f"\n  and {len(keys) - CHANGES_SHOWN} more" if len(keys) > CHANGES_SHOWN else ""
         raise ConfigError(
             f"the sweep in {uri} was started otherwise:\n{changed}\n  Set the values back to go on with it, or choose another sweep.name."
         )

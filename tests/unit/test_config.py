@@ -163,7 +163,7 @@ def test_anchors_and_merge_keys_work(load) -> None:
             "train.microbatch_rows=atuo",
             "train.microbatch_rows='atuo' (text) must be a whole number, or auto. Nearest legal value: auto",
         ),
-        ("run.storage=7", "run.storage=7 (a whole number) must be text. Nearest legal value: '7'"),
+        ("run.storage=7", "run.storage=7 (a whole number) must be text of at least one character. Nearest legal value: '7'"),
         ("log.tensorboard=treu", "log.tensorboard='treu' (text) must be true or false. Nearest legal value: true"),
         (
             "s3.endpoint_url=localhost:9000",

@@ -104,6 +104,7 @@ def test_all_bad_domains_are_told_at_once():
         ({"space": {"train.betas.0": {"choice": [0.9, "x"]}}}, 'space.train.betas.0: train.betas=["x", 0.95] must be a list of 2 numbers'),
         ({"space": {"train.betas.2": {"choice": [0.9]}}}, "space.train.betas.2: train.betas has no entry 2. Legal values: 0 to 1"),
         ({"space": {"data.cache.uri": {"choice": ["/a", "s3://me:word@b"]}}}, "space.data.cache.uri: data.cache.uri holds a user name or"),
+        ({"space": {"data.cache.uri": {"choice": ["/a", ""]}}}, "data.cache.uri='' must be text of at least one character, or null"),
         (
             {"space": {"data.cache": {"choice": [{}]}, "data.cache.enabled": {"choice": [True]}}},
             "space.data.cache.enabled: it is a part of space.data.cache, whose values replace it. Vary one of the two",
@@ -174,6 +175,12 @@ def test_the_cluster_is_for_the_largest_trial_however_its_numbers_are_written(tm
     assert load_sweep(str(write_sweep(tmp_path / "other", space=sections)), []).most("parallel", "workers") == 3
 
 
+def test_quantized_values_are_those_that_were_asked_for():
+    space = parse_space({"a": {"quantized": [100001.0, 100003.0, 1.0]}, "b": {"quantized": [0.1, 0.4, 0.1]}, "c": {"quantized": [1, 3, 1]}})
+    told = {key: domain.options() for key, domain in space.domains.items()}
+    assert told == {"a": [100001.0, 100002.0, 100003.0], "b": [0.1, 0.2, 0.3, 0.4], "c": [1, 2, 3]}
+
+
 def test_a_grid_of_more_combinations_than_memory_holds_is_gone_through_in_turn():
     space = parse_space({name: {"grid": list(range(1000))} for name in "abcdef"})
     assert [space.draw(0, number) for number in (0, 1001)] == [dict.fromkeys("abcdef", 0), {**dict.fromkeys("abcdef", 0), "e": 1, "f": 1}]
@@ -242,6 +249,16 @@ def test_a_journal_reads_back_and_refuses_another_sweep(tmp_path):
     assert again.trials == first.trials and again.trials[0].cause == "it was\nbad" and again.trials[1].status == "running"
     with pytest.raises(ConfigError, match=r"was started otherwise:\n  space\.train\.lr: 1 -> 2\n  Set the values back"):
         journal(tmp_path, space={"train.lr": 2})
+    with pytest.raises(ConfigError, match=r"\n  space\.9: 0 -> \(absent\)\n  and 3 more\n  Set"):
+        (tmp_path / "sweep.jsonl").write_text(json.dumps({"made_of": {"space": {str(n): 0 for n in range(12)}}}) + "\n")
+        journal(tmp_path, space={})
+    (tmp_path / "sweep.jsonl").write_text('{"made_of": {"run": "train: {lr: 1}"}}\n')
+    with pytest.raises(ConfigError, match=r"an earlier version's, which recorded its run as a text\. Choose another sweep\.name"):
+        journal(tmp_path, run={"train": {"lr": 1}})
+    for damaged in (b"\xff\n", b'{"made_of": 5}\n', b"[" * 100_000):
+        (tmp_path / "sweep.jsonl").write_bytes(damaged)
+        with pytest.raises(ConfigError, match="no sweep's record"):
+            journal(tmp_path, space={})
     (tmp_path / "sweep.jsonl").write_text("{}\n")
     with pytest.raises(ConfigError, match="no sweep's record"):
         journal(tmp_path, space={"train.lr": 1})
