@@ -1,4 +1,5 @@
-"""A sweep on the terminal: one live table where stdout is a terminal, a line for every end of a trial where it is not."""
+"""A sweep on the terminal: one live table where stdout is a terminal, a line whenever a trial begins, pauses, goes on or ends where it is
+not."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ class SweepTable:
     def __init__(self, name: str, console: Console | None = None) -> None:
         self._name, self._console = name, console or _console()
         self._live = Live(console=self._console, refresh_per_second=2) if self._console.is_terminal else None
-        self._told: set[int] = set()
+        self._told: dict[int, str] = {}  # the status that was printed last, by trial
 
     def __enter__(self) -> SweepTable:
         if self._live is not None:
@@ -42,10 +43,13 @@ class SweepTable:
             self._live.update(_table(self._name, study, SHOWN))
             return
         for trial in study.trials.values():
-            if trial.status != RUNNING and trial.number not in self._told:
-                self._told.add(trial.number)
-                why = f": {trial.cause}" if trial.cause else f", loss {trial.loss:.4f} after {trial.tokens:,} tokens"
-                self._console.print(f"trial {trial.number:04d} {settings_line(trial.settings)}  {trial.status}{why}", soft_wrap=True)
+            status, before = study.status_of(trial), self._told.get(trial.number)
+            if status == before:
+                continue
+            self._told[trial.number] = status
+            seen = f", loss {trial.loss:.4f} after {trial.tokens:,} tokens" if trial.curve else ""
+            told = f"{status}: {trial.cause}" if trial.cause else f"{'goes on' if before and status == RUNNING else status}{seen}"
+            self._console.print(f"trial {trial.number:04d} {settings_line(trial.settings)}  {told}", soft_wrap=True)
 
     def conclude(self, study: Study, best: Trial, path: str, report: str) -> None:
         """The whole table, and what to do with it."""

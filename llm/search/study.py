@@ -18,6 +18,7 @@ from llm.search.trial import TrialRun
 from llm.search.trials import FAILED, FINISHED, METRICS, PAUSED, RUNNING, STOPPED, Journal, Point, Trial, curve_of, took_s_of
 from llm.storage import join, read_bytes_or_none
 
+FREE = ("log", "recovery", "s3")  # sections of the run by which no trial is another: a sweep that goes on may have others
 # What proposes the settings of the n-th setting, from 0, given all trials so far; None where there are no more.
 Searcher = Callable[[int, Collection[Trial]], dict[str, Any] | None]
 
@@ -65,7 +66,7 @@ class Study:
             "scheduler": file.scheduler.model_dump(),
             "seed": file.sweep.seed,
             "repeats": file.sweep.repeats,
-            "run": sweep.base.values(),
+            "run": {name: section for name, section in sweep.base.values().items() if name not in FREE},
         }
         self.sweep, self._searcher, self._command, self._show = sweep, searcher, command, show
         self._scheduler: Scheduler = {"asha": Rungs, "pbt": Population}.get(file.scheduler.kind, ToTheEnd)(sweep)
@@ -97,6 +98,7 @@ class Study:
         if run is None and not self.waits and not self.cut:
             for number in sorted(self.arrived):
                 self.end(number, STOPPED)
+        self._show(self)
         return run
 
     @property

@@ -52,10 +52,10 @@ class SchedulerSection(Section):
 
     kind: Literal["none", "asha", "median", "pbt"] = Field(default="asha", description="pbt: a population, llm/search/population.py")
     first_frac: float = Field(
-        default=0.1, gt=0, le=1, description="of a trial's tokens, before which no trial is stopped; pbt: from one exchange to the next"
+        default=0.1, ge=1e-4, le=1, description="of a trial's tokens, before which no trial is stopped; pbt: from one exchange to the next"
     )
     reduction: float = Field(
-        default=3, gt=1, le=16, description="asha: a rung is so many times the tokens of the one before; 1 in so many goes on to it"
+        default=3, ge=1.1, le=16, description="asha: a rung is so many times the tokens of the one before; 1 in so many goes on to it"
     )
     quantile_frac: float = Field(default=0.25, gt=0, le=0.5, description="pbt: so many of the worst go on from as many of the best")
 
@@ -112,10 +112,11 @@ class Sweep:
         config = _with(config, "train", until_step=None)
         cache = self.base.data.cache.uri or join(self.base.run.storage, "cache", "tokens")
         config = _with(config, "data", cache=config.data.cache.model_copy(update={"uri": cache if is_s3(cache) else local_path(cache)}))
-        if self.file.scheduler.kind != "none" and not config.eval.every_steps:
+        if not config.eval.every_steps:
             config = _with(config, "eval", every_steps=self.steps_between(config))
-        if not config.checkpoint.every_steps:  # a sweep that is cut goes on from there
-            config = _with(config, "checkpoint", every_steps=config.eval.every_steps or self.steps_between(config))
+        # A sweep that is cut goes on from there: what a run saves every so often may be longer than a trial.
+        saved_every = min(config.checkpoint.every_steps or config.train.steps, self.steps_between(config))
+        config = _with(config, "checkpoint", every_steps=saved_every)
         if self.file.scheduler.kind == "pbt":
             interval = self.steps_between(config)
             if interval % config.eval.every_steps:
@@ -155,6 +156,9 @@ def load_sweep(path: str, overrides: list[str], with_files: bool = True) -> Swee
         told = [f"  {'.'.join(map(str, each['loc']))}: {_told(each)}" for each in error.errors()]
         raise ConfigError("\n".join([f"{path} is no sweep:", *told])) from None
     run_path = file.run if Path(file.run).is_absolute() else str(Path(path).parent / file.run)
+    for override in overrides:
+        if (section := override.partition("=")[0].split(".")[0].strip()) in ("sweep", "space", "search", "scheduler", "budget"):
+            raise ConfigError(f"--set {override!r}: --set changes the run, and {section} is the sweep's. Change it in {path}.")
     settings = [f"{key}={yaml_value(value)}" for key, value in file.set.items()]
     base = parse_run(read_text(run_path), run_path, [*settings, *overrides])
     if file.budget.dollars and not base.log.dollars_per_worker_hour:

@@ -28,7 +28,7 @@ from llm.search.space import parse_space
 from llm.search.study import Study
 from llm.search.sweep_config import load_sweep, yaml_value
 from llm.search.trial import cause_of
-from llm.search.trials import FAILED, FINISHED, STOPPED, Journal, Point, Trial, at_most_tokens, best_of, curve_of
+from llm.search.trials import FAILED, FINISHED, PAUSED, STOPPED, Journal, Point, Trial, at_most_tokens, best_of, curve_of
 from tests.search.sweeps import write_sweep
 
 SPACE = {
@@ -204,9 +204,34 @@ def test_a_trial_is_the_run_with_its_settings_in_the_sweeps_folder(tmp_path, mon
 
 
 def test_a_trial_that_can_be_cut_has_a_checkpoint_to_go_on_from(tmp_path):
-    path = write_sweep(tmp_path, scheduler={"kind": "none"}, set={"eval.every_steps": 0, "checkpoint.every_steps": 0})
+    path = write_sweep(tmp_path, scheduler={"kind": "none"}, set={"train.steps": 40, "eval.every_steps": 0, "checkpoint.every_steps": 0})
     trial = load_sweep(str(path), []).trial(Trial(0, {}))
-    assert trial.eval.every_steps == 0 and trial.checkpoint.every_steps > 0
+    assert trial.eval.every_steps == trial.checkpoint.every_steps == 4
+    trial = load_sweep(str(path), ["checkpoint.every_steps=100"]).trial(Trial(0, {}))
+    assert trial.checkpoint.every_steps == 4, "no longer than a trial"
+    trial = load_sweep(str(path), ["checkpoint.every_steps=3", "eval.every_steps=20"]).trial(Trial(0, {}))
+    assert (trial.checkpoint.every_steps, trial.eval.every_steps) == (3, 20)
+
+
+def test_set_does_not_reach_the_sweeps_own_sections(tmp_path):
+    with pytest.raises(ConfigError, match=r"--set changes the run, and budget is the sweep's\. Change it in .*sweep\.yaml"):
+        load_sweep(str(write_sweep(tmp_path)), ["budget.trials=0"])
+
+
+def test_without_a_terminal_each_change_of_a_trial_is_a_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sweep, out = load_sweep(str(write_sweep(tmp_path, budget={"trials": 1})), []), io.StringIO()
+    table = SweepTable("search", Console(file=out, width=240))
+    study = Study(sweep, searcher_of(sweep), ("true",), table.show)
+    for step, status in ((4, PAUSED), (10, PAUSED), (27, FINISHED)):
+        assert study.next() is not None
+        study.learn(0, {"step": step, "tokens": step * 256, "eval_loss": 3.0, "took_s": 1.0})
+        study.end(0, status)
+    assert study.next() is None
+    lines = [line.partition("  ")[2] for line in out.getvalue().splitlines()]
+    paused = ["paused, loss 3.0000 after 1,024 tokens", "paused, loss 3.0000 after 2,560 tokens"]
+    going = [line.replace("paused", "goes on") for line in paused]
+    assert lines == ["running", paused[0], going[0], paused[1], going[1], "finished, loss 3.0000 after 6,912 tokens"]
 
 
 def test_what_a_setting_makes_wrong_is_told_without_lines_of_a_file_that_nobody_wrote(tmp_path):
