@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 
 from llm.redact import without_secrets
+
+SAME_S = 1.0  # timeout(1) signals a process and then its group, and so the process twice: the second would cut short how it ends
+_interrupted_at_s = -SAME_S
 
 
 def exit_code_of(act: Callable[[], int], interrupted: str) -> int:
@@ -34,4 +38,7 @@ def take_over_signals() -> None:
 
 
 def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
+    global _interrupted_at_s
+    before_s, _interrupted_at_s = _interrupted_at_s, time.monotonic()
+    if _interrupted_at_s - before_s > SAME_S:
+        raise KeyboardInterrupt

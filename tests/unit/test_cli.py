@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -86,3 +87,28 @@ def test_another_projects_llm_is_refused_before_it_is_imported(tmp_path: Path) -
     assert f"llm in {tmp_path}" in ran.stderr
     assert "must come from one checkout" in ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+TIDIES_UP = """
+import sys, time
+from jobs.exit_code import exit_code_of
+
+def act():
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        time.sleep(0.5)
+        print("tidied up", flush=True)
+
+sys.exit(exit_code_of(act, "it goes on"))
+"""
+
+
+def test_a_signal_that_comes_twice_at_once_does_not_cut_short_how_a_job_ends() -> None:
+    job = subprocess.Popen([sys.executable, "-c", TIDIES_UP], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert job.stdout is not None and job.stdout.readline() == "ready\n"
+    for _ in range(2):  # as timeout(1) does
+        job.terminate()
+        time.sleep(0.1)
+    assert (*job.communicate(timeout=30), job.returncode) == ("tidied up\n", "interrupted: it goes on\n", 130)
