@@ -120,7 +120,9 @@ def _write(found: Findings) -> None:
     width = max(len(name) for name, _ in lines)
     print("\n".join(f"{name:{width}}  {figure}" for name, figure in lines))
     print(f"\nrecommended: {recommendation(found)}")
-    print(f"{join(uri, 'tune_batch.html')} shows the trade-off; train.microbatch_rows=auto takes the micro-batch from now on")
+    rows, batch_rows = found.advice.now.microbatch_rows, found.config.train.batch_rows
+    print(f"{join(uri, 'tune_batch.html')} shows the trade-off")
+    print(f"with train.batch_rows={batch_rows} as it is, train.microbatch_rows=auto takes {rows} rows from now on")
 
 
 def _positive(text: str) -> float:

@@ -152,7 +152,7 @@ def _chosen(layout: _Layout, now: Batch, noise: NoiseScale | None, tokens_a_row:
 
 def _how_sure(noise: NoiseScale | None) -> str:
     if noise is None:
-        return "no measurement of noise"
+        return ""  # `why` says that it was not measured
     if not math.isfinite(noise.high_tokens) or noise.low_tokens <= 0:
         return "unsure: more --steps, or a larger batch, would tell"
     ratio = noise.high_tokens / noise.low_tokens

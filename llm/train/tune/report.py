@@ -56,8 +56,14 @@ def summary_table(found: Findings) -> list[tuple[str, str]]:
         ("the next larger one", _next_larger(found)),
         ("probes", f"{search.probes} of {MAX_PROBES} groups of processes; ran out of memory: {failed}"),
         ("tokens/s by micro-batch", rates + _busy(found)),
-        ("knee (95% of the most)", f"{advice.microbatch_knee} rows a micro-batch; {advice.accumulation_knee} micro-batches a step"),
-        ("micro-batch to use", f"{found.advice.now.microbatch_rows} rows: {found.advice.now.tokens_per_s:,.0f} tokens/s"),
+        (
+            "95% of the most tokens/s",
+            f"from {advice.microbatch_knee} rows a micro-batch and {advice.accumulation_knee} micro-batches a step on",
+        ),
+        (
+            f"micro-batch for a batch of {found.config.train.batch_rows}",
+            f"{found.advice.now.microbatch_rows} rows: {found.advice.now.tokens_per_s:,.0f} tokens/s",
+        ),
     ]
     if line is not None:
         told = f"{line.fixed_bytes / GIB:.2f} GiB + {line.bytes_per_row / 2**20:.1f} MiB a row"
@@ -72,7 +78,7 @@ def recommendation(found: Findings) -> str:
     if found.advice.critical_rows is not None and batch.rows != found.advice.now.rows:
         brings += f", {batch.time:.2f} times the time and {batch.tokens:.2f} times the tokens to the same loss"
     sets = " ".join(f"--set {setting}" for setting in found.settings)
-    return f"{sets}   ({brings}; {found.advice.why}; {found.advice.how_sure})"
+    return f"{sets}   ({'; '.join(filter(None, (brings, found.advice.why, found.advice.how_sure)))})"
 
 
 def as_json(found: Findings) -> dict[str, Any]:
