@@ -56,14 +56,8 @@ def summary_table(found: Findings) -> list[tuple[str, str]]:
         ("the next larger one", _next_larger(found)),
         ("probes", f"{search.probes} of {MAX_PROBES} groups of processes; ran out of memory: {failed}"),
         ("tokens/s by micro-batch", rates + _busy(found)),
-        (
-            "95% of the most tokens/s",
-            f"from {advice.microbatch_knee} rows a micro-batch and {advice.accumulation_knee} micro-batches a step on",
-        ),
-        (
-            f"micro-batch for a batch of {found.config.train.batch_rows}",
-            f"{found.advice.now.microbatch_rows} rows: {found.advice.now.tokens_per_s:,.0f} tokens/s",
-        ),
+        ("95% of the most tokens/s", f"from {advice.microbatch_knee} rows a micro-batch on, and {advice.accumulation_knee} of them a step"),
+        (f"micro-batch for a batch of {advice.now.rows}", f"{advice.now.microbatch_rows} rows: {advice.now.tokens_per_s:,.0f} tokens/s"),
     ]
     if line is not None:
         told = f"{line.fixed_bytes / GIB:.2f} GiB + {line.bytes_per_row / 2**20:.1f} MiB a row"
