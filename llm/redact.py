@@ -52,16 +52,21 @@ _ASSIGNED = re.compile(
     rf"(?:(\")(?!\*\*\*)(?:[^\"\\\n]|\\.){{{SHORTEST},}}+|(')(?!\*\*\*)(?:[^'\\\n]|\\.){{{SHORTEST},}}+"
     rf"|(\\{{1,8}}['\"])(?!\*\*\*)(?:[^'\"\\\n]|\\++(?!['\"])){{{SHORTEST},}}+|(?!\*\*\*|~/)(?:[^\s'\"\\]|\\(?!['\"])){{{SHORTEST},}}+)"
 )
+_PRIVATE_KEY = re.compile(r"(-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----)(?!\*\*\*).*?(?=-----END [A-Z ]{0,40}PRIVATE KEY-----|\Z)", re.DOTALL)
+# A line of an environment, of this process or another: HF_TOKEN=..., export DB_PASSWORD="...".
+_VARIABLE = re.compile(rf"\b([A-Z][A-Z0-9_]{{2,63}})=(['\"]?)(?!\*\*\*)[^\s'\"]{{{SHORTEST},}}")
 
 
 def without_secrets(text: str, environment: Mapping[str, str] | None = None) -> str:
     """`text` with *** in place of every secret: the values of secret variables of `environment` (this process's), also as they look inside
     a URL, JSON, HTML or a Python literal or in base64; user and password of a URI; secret parameters of its query; what is assigned to a
-    password and the like; authorization headers."""
+    variable named as secrets are, to a password and the like; authorization headers."""
     for value in _values(os.environ if environment is None else environment):
         text = text.replace(value, HIDDEN)
     text = _USER_AND_PASSWORD.sub(f"{HIDDEN}@", text)
     text = _PARAMETER.sub(_hidden_parameter, text)
+    text = _PRIVATE_KEY.sub(rf"\g<1>{HIDDEN}", text)
+    text = _VARIABLE.sub(lambda found: f"{found[1]}={found[2]}{HIDDEN}" if SECRET_VARIABLE.search(found[1]) else found[0], text)
     text = _ASSIGNED.sub(lambda found: f"{found[1]}{found[2] or found[3] or found[4] or ''}{HIDDEN}", text)
     return _AUTHORIZATION.sub(rf"\g<1>{HIDDEN}", text)
 

@@ -362,3 +362,22 @@ def test_shapes_that_an_attacker_found() -> None:
     for uri in ("https://u:pa'ss@h/", "https://u:pa ss@h/", 'https://u:pa"ss@h/', "https://h/#access_token=abc"):
         assert credential_in(uri), uri
     assert cleaned(Pair("a", "http://u:p4ss@h")) == Pair("a", "http://***@h")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("HF_TOKEN=hf_0123456789 next", "HF_TOKEN=*** next"),
+        ('export AWS_SECRET_ACCESS_KEY="abc/def+0123"', 'export AWS_SECRET_ACCESS_KEY="***"'),
+        ("env: PATH=/usr/local/bin WANDB_API_KEY=0123456789abcdef\n", "env: PATH=/usr/local/bin WANDB_API_KEY=***\n"),
+        (
+            "-----BEGIN RSA PRIVATE KEY-----\nMIIE\nabc\n-----END RSA PRIVATE KEY-----\n",
+            "-----BEGIN RSA PRIVATE KEY-----***-----END RSA PRIVATE KEY-----\n",
+        ),
+        ("cut: -----BEGIN PRIVATE KEY-----\\nMIIE", "cut: -----BEGIN PRIVATE KEY-----***"),
+        ("OMP_NUM_THREADS=12345678 RAY_ADDRESS=10.0.0.1:6379", None),
+        ("EOS_TOKEN=</s> PAD_TOKEN=<pad>", None),
+    ],
+)
+def test_variables_of_another_process_and_private_keys_are_hidden_by_their_form(text: str, told: str | None) -> None:
+    assert without_secrets(text, {}) == (text if told is None else told)
