@@ -98,7 +98,8 @@ class Study:
         if run is None and not self.waits and not self.cut:
             for number in sorted(self.arrived):
                 self.end(number, STOPPED)
-        self._show(self)
+        if run is not None:
+            self._show(self)
         return run
 
     @property
