@@ -38,6 +38,8 @@ def parse_run(text: str, name: str, overrides: Sequence[str] = ()) -> RunConfig:
     """`load_run` for a text that is already here; errors call it `name`."""
     problems: list[Problem] = []
     raw, lines = _mapping(text, name, problems)
+    if {"sweep", "space"} <= raw.keys():
+        raise ConfigError(f"{name} is a sweep, not a run: use headrace sweep. The run that it varies is {shown(raw.get('run'))}")
     set_here: list[KeyPath] = []
     for override in overrides:
         _apply(raw, override, set_here, problems)

@@ -150,6 +150,8 @@ def load_sweep(path: str, overrides: list[str], with_files: bool = True) -> Swee
     """Raises ConfigError with what is wrong with the sweep, its run or a key of its space. `overrides`: of the run, as `set`. `with_files`:
     whether the files of model.path can be read here; else its keys are not checked."""
     raw = read_mapping(read_text(path), path)
+    if {"model", "train"} <= raw.keys():
+        raise ConfigError(f"{path} is a run, not a sweep: use headrace pretrain, or name it in a sweep (run: {Path(path).name}).")
     try:
         file = SweepFile.model_validate(raw)
     except ValidationError as error:

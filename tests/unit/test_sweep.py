@@ -213,6 +213,14 @@ def test_a_trial_that_can_be_cut_has_a_checkpoint_to_go_on_from(tmp_path):
     assert (trial.checkpoint.every_steps, trial.eval.every_steps) == (3, 20)
 
 
+def test_a_run_is_no_sweep_and_a_sweep_no_run(tmp_path):
+    path = write_sweep(tmp_path)
+    with pytest.raises(ConfigError, match=r"sweep\.yaml is a sweep, not a run: use headrace sweep\. .* is 'run\.yaml'"):
+        load_run(str(path))
+    with pytest.raises(ConfigError, match=r"run\.yaml is a run, not a sweep: use headrace pretrain"):
+        load_sweep(str(path.with_name("run.yaml")), [])
+
+
 def test_set_does_not_reach_the_sweeps_own_sections(tmp_path):
     with pytest.raises(ConfigError, match=r"--set changes the run, and budget is the sweep's\. Change it in .*sweep\.yaml"):
         load_sweep(str(write_sweep(tmp_path)), ["budget.trials=0"])
