@@ -26,7 +26,7 @@ def test_the_largest_micro_batch_is_found_recommended_and_taken_by_auto(recipe):
     folder = recipe.parent / "runs" / "small" / "tune_batch"
     found = json.loads((folder / "tune_batch.json").read_text())
     assert 1 < found["largest_rows"] < 64 and len(found["probes"]) <= 5
-    assert all(peak <= LIMIT_GIB * 2**30 for peak in found["peak_bytes"].values())
+    assert all(peak <= LIMIT_GIB * 2**30 for peak in found["peak_bytes"].values()), found["peak_bytes"]
     assert found["noise_scale"]["steps"] == 4 and found["noise_scale"]["low_tokens"] <= found["noise_scale"]["tokens"]
     assert f"recommended: --set {found['recommendation']['set'][0]}" in done.stdout
     page = (folder / "tune_batch.html").read_text()
