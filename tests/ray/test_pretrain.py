@@ -76,7 +76,7 @@ def test_ctrl_c_ends_the_run_within_ten_seconds_and_leaves_no_process(recipe):
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=10)
-    assert process.returncode == 130
+    assert process.returncode == 130, err[-3000:]
     assert "interrupted" in err and "Traceback" not in err
     _, alive = psutil.wait_procs(children, timeout=5)
     assert not alive
