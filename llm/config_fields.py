@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from llm.config import Section
+from llm.config_section import Section
 from llm.redact import cleaned, without_secrets
 
 SHOWN_CHARS = 60  # of a value in a message

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from llm.config import RunConfig, Section
+from llm.config import RunConfig
 from llm.config_fields import (
     KINDS,
     as_number,
@@ -29,6 +29,7 @@ from llm.config_fields import (
     shown,
 )
 from llm.config_rules import cross_checks
+from llm.config_section import Section
 from llm.redact import credential_in
 
 KeyPath = tuple[str | int, ...]

@@ -24,7 +24,8 @@ import torch.distributed as dist
 from deepspeed.runtime import compiler
 from torch import Tensor, nn
 
-from llm.config import ParallelSection, TrainSection
+from llm.config import ParallelSection
+from llm.config_train import TrainSection
 from llm.errors import ConfigError, ModelError
 from llm.parallel.mesh import Mesh
 

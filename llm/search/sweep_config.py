@@ -22,9 +22,10 @@ from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from llm.checkpoint.layout import step_folder
-from llm.config import NAME, RunConfig, Section
+from llm.config import NAME, RunConfig
 from llm.config_changes import is_below
 from llm.config_file import dump_run, parse_run, read_mapping, read_text, with_settings
+from llm.config_section import Section
 from llm.errors import ConfigError
 from llm.search.space import Space, parse_space
 from llm.search.sweep_checks import require_population, require_searchable

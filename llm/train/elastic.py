@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from llm.config import RunConfig, Section
+from llm.config import RunConfig
+from llm.config_section import Section
 
 
 def legal_workers(config: RunConfig) -> list[int]:

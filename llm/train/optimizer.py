@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from llm.config import TrainSection
+from llm.config_train import TrainSection
 from llm.model.mup import kinds_of_matrices, width_ratio
 
 

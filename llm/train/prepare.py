@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llm.config import RunConfig, Section
+from llm.config import RunConfig
+from llm.config_section import Section
 from llm.data.corpus import PlannedStream, evaluation_rows, plan_stream, with_builtin_corpus
 from llm.data.window import Recipe
 from llm.errors import ConfigError

@@ -53,8 +53,7 @@ def incident() -> Incident | None:
     node's workers gone, many seconds before it knows that the node is, and by now it does."""
     global _incident, _nodes
     before, _nodes = _nodes, _living_nodes()
-    seemed = next((cause for cause in (Cause.LOST_PEER, Cause.CRASH) if _incident is not None and _incident.cause == cause.value), None)
-    if _incident is not None and seemed is not None and before - _nodes:
+    if _incident is not None and before - _nodes and (seemed := Cause(_incident.cause)) in (Cause.LOST_PEER, Cause.CRASH):
         _incident = replace(_incident, cause=Cause.NODE_LOST.value, told=str(Failure(Cause.NODE_LOST, (), "a node went away")))
         if _budget is not None:
             _budget.recast(seemed, Cause.NODE_LOST)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 
-from llm.config import TrainSection
+from llm.config_train import TrainSection
 
 RULES = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}  # the exponent of the batch's ratio
 

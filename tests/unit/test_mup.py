@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm.config import ModelSection, TrainSection
+from llm.config import ModelSection
 from llm.config_file import parse_run
+from llm.config_train import TrainSection
 from llm.errors import ConfigError, ModelError
 from llm.model.build import build_model
 from llm.model.checks import check_model

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from llm.config import TrainSection
+from llm.config_train import TrainSection
 from llm.parallel.mesh import Mesh
 from llm.train.schedule import lr_factor
 
